@@ -1,0 +1,38 @@
+"""kvteach: understand and shrink the KV cache of a language model.
+
+Importing the package loads nothing but the standard library. A module is imported when it is first named,
+so ``kvteach.svd`` costs NumPy, and only the modules that touch a model cost torch and transformers.
+
+Data flows one way: text → moments → basis → model → numbers → page.
+
+===============  ====================================================================  ===========
+module           what it holds                                                         chapter
+===============  ====================================================================  ===========
+``cost``         bytes, parameters and FLOPs of attention and its cache                0
+``svd``          truncated SVD, energy, exact error                                    1
+``activations``  keys, values and queries of a forward pass                            2
+``moments``      streaming second moments of those activations                         2
+``zoo``          models by name, folder or hub id
+``text``         calibration and evaluation windows
+``figures``      one look for every plot
+``widgets``      figures that move
+``checks``       exercise checks that name the mistake
+``env``          device, Colab, versions
+===============  ====================================================================  ===========
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_MODULES = ("activations", "checks", "cost", "env", "figures", "moments", "svd", "text", "widgets", "zoo")
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"kvteach has no {name!r}; it has {', '.join(_MODULES)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])
