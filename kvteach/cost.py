@@ -1,0 +1,251 @@
+"""What attention and its cache cost: bytes, parameters and floating-point operations.
+
+Everything is exact arithmetic on a `Shape`, which is a dozen numbers of a LLaMA-, Mistral-, Qwen2- or
+BLOOM-family decoder. One multiplication and its addition are 2 FLOPs; GB is 10⁹ bytes, GiB is 2³⁰;
+`bytes_per_number` is 4 for fp32, 2 for fp16 and bf16, 1 for 8 bits. A sliding window, where a model has one,
+is not modelled: pass the tokens that are kept.
+
+h query heads share g key-value heads: g = h is multi-head attention (MHA), 1 < g < h grouped-query attention
+(GQA), g = 1 multi-query attention (MQA). A model compressed to g heads of the same width d_h caches the same
+bytes in every form. The forms differ in where the basis Ψ lives:
+
+- "S", stock: Ψ is absorbed into the weights (no RoPE, or a basis that commutes with it). A plain GQA model.
+- "G", grouped, for RoPE: keys are made at the source width, rotated, then multiplied by Ψ, which is
+  t·d_h × d_h for each group of t source heads; every query head has a d_h × d_h map. Values are absorbed.
+- "L", one Ψ for the layer's keys (g·d_h × source width), which the queries are multiplied by too, so that
+  each is g·d_h long. Values are absorbed. The paper treats RoPE so (arXiv 2406.07056, section 3.4).
+"""
+
+import operator
+from dataclasses import dataclass, replace
+
+_FAMILIES = ("llama", "mistral", "qwen2", "bloom")
+_SIZES = ("layers", "hidden", "query_heads", "kv_heads", "head_dim", "intermediate", "vocab")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a decoder that its costs depend on.
+
+    >>> llama2_7b = Shape(layers=32, hidden=4096, query_heads=32, kv_heads=32, head_dim=128,
+    ...                   intermediate=11008, vocab=32000, tied=False)
+    >>> parameters(llama2_7b), cache_bytes(llama2_7b, tokens=1) / 2**20
+    (6738415616, 0.5)
+    """
+
+    layers: int
+    hidden: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    gated: bool = True  # three MLP matrices (SwiGLU) instead of two
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False  # LayerNorm instead of RMSNorm
+    embedding_norm: bool = False  # BLOOM normalises its embeddings
+    tied: bool = True  # the LM head is the embedding table
+    form: str = "S"
+    source_kv_heads: int | None = None  # before compression; None when the model is as it was trained
+
+    def __post_init__(self):
+        """Refuse numbers that no model has."""
+        for name in _SIZES:
+            _whole(getattr(self, name), name, 1)
+        if self.query_heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads is {self.kv_heads}; it should divide query_heads ({self.query_heads}): "
+                f"{_divisors(self.query_heads)}"
+            )
+        if self.form not in ("S", "G", "L"):
+            raise ValueError(f'form is {self.form!r}; it should be "S", "G" or "L"')
+        source = self.source
+        if source % self.kv_heads or self.query_heads % source:
+            raise ValueError(
+                f"source_kv_heads is {source}; it should be a multiple of kv_heads ({self.kv_heads}) "
+                f"that divides query_heads ({self.query_heads})"
+            )
+
+    @property
+    def source(self) -> int:
+        """Key-value heads before compression."""
+        return (
+            self.kv_heads
+            if self.source_kv_heads is None
+            else _whole(self.source_kv_heads, "source_kv_heads", 1)
+        )
+
+    @classmethod
+    def from_config(cls, config) -> "Shape":
+        """The shape of a transformers config of the LLaMA, Mistral, Qwen2 or BLOOM family."""
+        family = getattr(config, "model_type", None)
+        if family not in _FAMILIES:
+            raise ValueError(f"model_type is {family!r}; it should be one of {', '.join(_FAMILIES)}")
+        heads, hidden, bloom = config.num_attention_heads, config.hidden_size, family == "bloom"
+        biased = bloom or bool(getattr(config, "attention_bias", False))
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=hidden,
+            query_heads=heads,
+            kv_heads=heads if bloom else config.num_key_value_heads or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            intermediate=4 * hidden if bloom else config.intermediate_size,
+            vocab=config.vocab_size,
+            gated=not bloom,
+            qkv_bias=biased or family == "qwen2",
+            out_bias=biased,
+            mlp_bias=bloom or bool(getattr(config, "mlp_bias", False)),
+            norm_bias=bloom,
+            embedding_norm=bloom,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    def compress(self, kv_heads: int, form: str = "S") -> "Shape":
+        """The same model with `kv_heads` key-value heads of the same width, in form "S", "G" or "L"."""
+        if self.form != "S":
+            raise ValueError(f'form is "{self.form}" already; compress the shape it came from')
+        return replace(self, kv_heads=kv_heads, form=form, source_kv_heads=self.kv_heads)
+
+
+def cache_bytes(
+    shape: Shape, tokens: int, batch: int = 1, bytes_per_number: float = 2, ranks=None
+) -> int | float:
+    """Bytes of the key-value cache of `batch` sequences of `tokens` tokens.
+
+    2 · layers · kv_heads · head_dim numbers a token: the 2 is keys and values.
+
+    Parameters
+    ----------
+    ranks : numbers cached per token and layer instead of whole heads (form R): a pair (keys, values) for all
+        layers, or one pair for each layer. All heads of the layer share them.
+    """
+    tokens, batch = _whole(tokens, "tokens", 0), _whole(batch, "batch", 1)
+    pairs = [(shape.kv_heads * shape.head_dim,) * 2] if ranks is None else _pairs(ranks, shape)
+    numbers = sum(key + value for key, value in pairs) * (shape.layers // len(pairs))
+    return batch * tokens * numbers * _width(bytes_per_number)
+
+
+def attention_parameters(shape: Shape) -> int:
+    """Weights and biases of the attention of all layers, with what form G or L adds."""
+    query, kv, key = _widths(shape)
+    weights = shape.hidden * (2 * query + key + kv)
+    biases = shape.qkv_bias * (query + key + kv) + shape.out_bias * shape.hidden
+    return shape.layers * (weights + biases + _basis_numbers(shape))
+
+
+def parameters(shape: Shape) -> int:
+    """All parameters, as ``model.num_parameters()`` counts them (a tied head once)."""
+    d, i = shape.hidden, shape.intermediate
+    mlp = (2 + shape.gated) * d * i + shape.mlp_bias * ((1 + shape.gated) * i + d)
+    norms = (2 * shape.layers + 1 + shape.embedding_norm) * d * (1 + shape.norm_bias)
+    tables = shape.vocab * d * (1 if shape.tied else 2)
+    return attention_parameters(shape) + shape.layers * mlp + norms + tables
+
+
+def flops(
+    shape: Shape, new: int = 1, cached: int = 0, logits: int = 1, causal: bool = False
+) -> dict[str, int]:
+    """FLOPs of one forward pass of one sequence, by part.
+
+    ``new=1, cached=c`` is one step of decoding with a cache; ``new=l`` is the prefill of l tokens.
+    Matrix products only: norms, activations, softmax, rotations and biases are left out.
+
+    Parameters
+    ----------
+    new : tokens that go through the model.
+    cached : tokens whose keys and values are read from the cache.
+    logits : positions whose next-token logits are computed; generation needs the last one only.
+    causal : count only the pairs that the causal mask keeps. False counts the full new × (cached + new)
+        rectangle, as plain attention computes it.
+
+    Returns
+    -------
+    "projections" (queries, keys, values, output), "basis" (form G or L), "attention" (scores and weighted
+    values), "mlp" and "head". Their sum is the whole.
+    """
+    new, cached = _whole(new, "new", 1), _whole(cached, "cached", 0)
+    logits = _whole(logits, "logits", 0)
+    if logits > new:
+        raise ValueError(f"logits is {logits}; it should be 0 to new ({new})")
+    query, kv, key = _widths(shape)
+    pairs = new * cached + (new * (new + 1) // 2 if causal else new * new)
+    wide = shape.kv_heads if shape.form == "L" else 1  # form L: every query is kv_heads times longer
+    basis = _basis_numbers(shape)
+    if shape.form == "L":
+        basis += query * kv  # each query head meets its d_h rows of Ψ
+    return {
+        "projections": 2 * new * shape.layers * shape.hidden * (2 * query + key + kv),
+        "basis": 2 * new * shape.layers * basis,
+        "attention": 2 * pairs * shape.layers * query * (wide + 1),
+        "mlp": 2 * new * shape.layers * shape.hidden * shape.intermediate * (2 + shape.gated),
+        "head": 2 * logits * shape.hidden * shape.vocab,
+    }
+
+
+def decode_bytes(
+    shape: Shape, cached: int, batch: int = 1, weight_bytes: float = 2, bytes_per_number: float = 2
+) -> dict[str, float]:
+    """Bytes read for one decoding step of a batch: every weight once, the cache of every sequence.
+
+    The input embedding is looked up, not read, unless it is the LM head too. Activations, the new token's own
+    keys and values, and what a kernel reads twice are left out: it is a lower bound.
+
+    Returns
+    -------
+    "weights" and "cache", in bytes.
+    """
+    table = 0 if shape.tied else shape.vocab * shape.hidden
+    return {
+        "weights": (parameters(shape) - table) * _width(weight_bytes, "weight_bytes"),
+        "cache": cache_bytes(shape, cached, batch, bytes_per_number),
+    }
+
+
+def intensity(shape: Shape, cached: int, batch: int = 1, **widths: float) -> float:
+    """FLOPs of one decoding step for every byte it reads; `widths` as in `decode_bytes`."""
+    work = _whole(batch, "batch", 1) * sum(flops(shape, new=1, cached=cached).values())
+    return work / sum(decode_bytes(shape, cached, batch, **widths).values())
+
+
+def _widths(shape: Shape) -> tuple[int, int, int]:
+    """Numbers per token and layer: of queries, of cached keys (or values), of the keys that W_K makes."""
+    made = shape.kv_heads if shape.form == "S" else shape.source
+    return shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim, made * shape.head_dim
+
+
+def _basis_numbers(shape: Shape) -> int:
+    """Parameters that form G or L adds to a layer."""
+    query, kv, key = _widths(shape)
+    return {"S": 0, "G": (key + query) * shape.head_dim, "L": kv * key}[shape.form]
+
+
+def _pairs(ranks, shape: Shape) -> list[tuple[int, int]]:
+    one = not any(hasattr(rank, "__len__") for rank in ranks)
+    pairs = [tuple(ranks)] if one else [tuple(pair) for pair in ranks]
+    if len(pairs) not in (1, shape.layers) or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"ranks should be one pair (keys, values) or {shape.layers} pairs, one a layer")
+    return [(_whole(key, "rank of keys", 0), _whole(value, "rank of values", 0)) for key, value in pairs]
+
+
+def _whole(value, name: str, low: int) -> int:
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; it should be a whole number, {low} or more") from None
+    if found < low:
+        raise ValueError(f"{name} is {found}; it should be {low} or more")
+    return found
+
+
+def _width(value, name: str = "bytes_per_number"):
+    if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+        raise ValueError(
+            f"{name} is {value!r}; it should be above 0, as 4 for fp32, 2 for fp16, 0.5 for 4 bits"
+        )
+    return value
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
