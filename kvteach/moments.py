@@ -1,0 +1,398 @@
+"""Moments: what calibration leaves behind.
+
+For each layer and each kind of activation x (a row per token, heads side by side) three sums are streamed in float64:
+
+    count = Σ 1        total = Σ x        gram = Σ xᵀx
+
+Everything the book does with a cache follows from them: spectra, centring, every basis. They are additive, so two texts
+or two processes give one set of moments by ``+``, and their size does not depend on the number of tokens: a matrix
+of d² numbers per layer and kind, where d is the width of all key-value heads together.
+
+======================  =========================  ====================================================================
+kind                    gram per layer             what it is
+======================  =========================  ====================================================================
+``keys_pre``            [d, d]                     keys before RoPE
+``keys_post``           [d, d]                     keys as they are cached
+``values``              [d, d]                     values
+``queries_pre``         [heads, d_h, d_h]          queries before RoPE, each head apart
+``queries_post``        [heads, d_h, d_h]          queries as they meet the keys
+``keys_attended``       [d, d]                     covariance of the cached keys under each row of softmax weights,
+                                                   averaged over query heads (only with ``attention=True``)
+``values_attended``     [d, d]                     what attention hands on: (A V)ᵀ(A V), averaged over query heads
+======================  =========================  ====================================================================
+
+Float64 is not a luxury: a float32 Gram matrix loses every direction whose energy is below 1e-7 of the largest.
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .activations import Activations, attention_modules, observe
+from .zoo import check_family
+
+PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
+ATTENDED = ("keys_attended", "values_attended")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that moments belong to; moments of two models are never mixed."""
+
+    model_type: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    key_norm: float  # Frobenius norm of all key projections: tells two models of one shape apart, in any dtype
+
+    @classmethod
+    def of(cls, model) -> "Source":
+        """The identity of a transformers model."""
+        config, modules = model.config, attention_modules(model)
+        llama = check_family(config) == "llama"
+        norms = [_key_weight(module, llama).double().norm() for module in modules]
+        return cls(
+            config.model_type,
+            len(modules),
+            config.num_attention_heads,
+            config.num_key_value_heads if llama else config.num_attention_heads,
+            modules[0].head_dim,
+            float(torch.stack(norms).norm()),
+        )
+
+    def matches(self, other: "Source") -> bool:
+        """True for the same model; rounding the weights to half precision moves `key_norm` by less than 1e-3."""
+        shape = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
+        same_shape = all(getattr(self, name) == getattr(other, name) for name in shape)
+        return same_shape and abs(self.key_norm - other.key_norm) <= 1e-3 * self.key_norm
+
+
+class Moments:
+    """Streamed sums of one model's activations, all on the CPU in float64.
+
+    Attributes
+    ----------
+    source : the model they belong to.
+    count : tokens summed.
+    total : kind -> [layers, width], for the kinds of `PLAIN`.
+    gram : kind -> [layers, width, width], or [layers, query heads, d_h, d_h] for queries.
+    """
+
+    def __init__(self, source: Source, count: int, total: dict[str, Tensor], gram: dict[str, Tensor]):
+        self.source, self.count, self.total, self.gram = source, count, total, gram
+
+    @classmethod
+    def zeros(cls, source: Source, attention: bool = False) -> "Moments":
+        """Moments of no tokens."""
+        layers, heads, width = source.layers, source.query_heads, source.kv_heads * source.head_dim
+        total, gram = {}, {}
+        for kind in PLAIN + (ATTENDED if attention else ()):
+            queries = kind.startswith("queries")
+            shape = (heads, source.head_dim, source.head_dim) if queries else (width, width)
+            gram[kind] = torch.zeros(layers, *shape, dtype=torch.float64)
+            if kind in PLAIN:
+                total[kind] = torch.zeros(layers, heads * source.head_dim if queries else width, dtype=torch.float64)
+        return cls(source, 0, total, gram)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both texts together. ValueError when they belong to different models or hold different kinds."""
+        if not self.source.matches(other.source):
+            raise ValueError(f"moments of two models cannot be added: {self.source} and {other.source}")
+        if self.gram.keys() != other.gram.keys():
+            missing = sorted(self.gram.keys() ^ other.gram.keys())
+            raise ValueError(f"only one of the two moments holds {', '.join(missing)}: calibrate both alike")
+        total = {kind: self.total[kind] + other.total[kind] for kind in self.total}
+        gram = {kind: self.gram[kind] + other.gram[kind] for kind in self.gram}
+        return Moments(self.source, self.count + other.count, total, gram)
+
+    def _take(self, batch: "Moments") -> None:
+        """Add `batch` in place and empty it: the sums of a large model need not be in memory three times."""
+        for kind, gram in batch.gram.items():
+            self.gram[kind] += gram
+            gram.zero_()
+        for kind, total in batch.total.items():
+            self.total[kind] += total
+            total.zero_()
+        self.count, batch.count = self.count + batch.count, 0
+
+    def __repr__(self) -> str:
+        shape = f"{self.source.layers} layers × {self.source.kv_heads} key-value heads × {self.source.head_dim}"
+        return f"Moments of {self.count} tokens, {self.source.model_type}, {shape}: {', '.join(self.gram)}"
+
+    def matrix(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
+        """Second moment per token of one layer, E[xᵀx], or its covariance.
+
+        Parameters
+        ----------
+        kind : a key of `gram`.
+        layer : 0 … layers − 1.
+        heads : which heads, side by side: an int, a sequence of ints, or None for all of the layer.
+        centred : subtract the outer product of the mean. Attended moments of keys are centred by themselves.
+
+        Returns
+        -------
+        float64 [n · d_h, n · d_h] for n heads.
+
+        Raises
+        ------
+        ValueError : an unknown kind, no tokens, or centring where it means nothing.
+        IndexError : a layer or head that the model does not have.
+        """
+        if kind not in self.gram:
+            held = ", ".join(self.gram)
+            hint = "; calibrate with attention=True for it" if kind in ATTENDED else ""
+            raise ValueError(f"no moments of {kind!r}, only of {held}{hint}")
+        if not self.count:
+            raise ValueError("these moments have seen no token")
+        if centred and kind not in self.total:
+            raise ValueError(f"{kind} cannot be centred: its rows are averages under attention")
+        if not 0 <= layer < self.source.layers:
+            raise IndexError(f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}")
+        queries = kind.startswith("queries")
+        available = self.source.query_heads if queries else self.source.kv_heads
+        chosen = range(available) if heads is None else [heads] if isinstance(heads, int) else list(heads)
+        if bad := [head for head in chosen if not 0 <= head < available]:
+            raise IndexError(f"head {bad[0]} does not exist: {kind} have heads 0 to {available - 1}")
+        d = self.source.head_dim
+        if queries:  # heads were never multiplied with one another: their blocks stand on the diagonal
+            found = torch.block_diag(*(self.gram[kind][layer, head] for head in chosen)) / self.count
+        else:
+            columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in chosen])
+            found = self.gram[kind][layer][columns][:, columns] / self.count
+        if centred:
+            mean = self.mean(kind, layer)[list(chosen)]  # [n, d_h]
+            outer = torch.block_diag(*(m.outer(m) for m in mean)) if queries else mean.ravel().outer(mean.ravel())
+            found = found - outer
+        return found
+
+    def mean(self, kind: str, layer: int) -> Tensor:
+        """Mean row of each head, float64 [heads, d_h]."""
+        return (self.total[kind][layer] / self.count).view(-1, self.source.head_dim)
+
+    def spectrum(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
+        """Eigenvalues of `matrix`, largest first, float64.
+
+        They are the squared singular values of the stacked activations divided by the number of tokens; rounding
+        below zero is cut off.
+        """
+        return torch.linalg.eigvalsh(self.matrix(kind, layer, heads, centred)).flip(0).clamp(min=0)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Files and processes
+
+    def save(self, path: str | os.PathLike, **notes) -> None:
+        """Write a safetensors file, aside and then renamed, so that it is whole or not there. `notes` go with it."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"total.{kind}": tensor for kind, tensor in self.total.items()}
+        tensors |= {f"gram.{kind}": tensor for kind, tensor in self.gram.items()}
+        about = {"format": FORMAT, "source": vars(self.source), "count": self.count, "notes": notes}
+        aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, aside, {"kvteach.moments": json.dumps(about)})
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Moments":
+        """Read what `save` wrote. FileNotFoundError when nothing is there, ValueError when it is something else."""
+        return cls._read(path)[0]
+
+    @classmethod
+    def _read(cls, path) -> tuple["Moments", dict]:
+        """The moments in a file, and the notes saved with them."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no moments at {str(path)!r}")
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("kvteach.moments", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged or no safetensors file ({error})") from error
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} holds no moments of format {FORMAT}")
+        parts = {"total": {}, "gram": {}}
+        for name, tensor in tensors.items():
+            part, kind = name.split(".")
+            parts[part][kind] = tensor
+        return cls(Source(**about["source"]), about["count"], **parts), about["notes"]
+
+    def all_reduce(self) -> "Moments":
+        """The sum over all processes of the default `torch.distributed` group; every process gets it.
+
+        Works over gloo (CPU) and nccl (GPU). Raises RuntimeError when no group was started.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise RuntimeError("all_reduce needs a process group: run under torchrun and call init_process_group")
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+
+        def summed(tensor: Tensor) -> Tensor:
+            there = tensor.to(device, copy=True)
+            dist.all_reduce(there)
+            return there.cpu()
+
+        count = int(summed(torch.tensor(self.count)))
+        total = {kind: summed(self.total[kind]) for kind in sorted(self.total)}
+        gram = {kind: summed(self.gram[kind]) for kind in sorted(self.gram)}
+        return Moments(self.source, count, total, gram)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def calibrate(model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True) -> Moments:
+    """Stream the moments of `windows` through `model`.
+
+    Parameters
+    ----------
+    model : a LLaMA- or BLOOM-family model. Its language-model head is not run.
+    windows : `kvteach.text.Windows`, or token ids [windows, tokens] without padding.
+    batch : windows per forward pass.
+    attention : also sum the attention-weighted kinds, at two to three times the time.
+    path : a file that the moments are kept in while they grow. A run that was stopped goes on from its last saved
+        batch, with the same result to the last bit; a finished one is read. By default nothing is kept.
+    progress : show a bar.
+
+    Raises
+    ------
+    ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, or a
+        file at `path` that belongs to another model, text, batch size or choice of `attention`.
+    """
+    from tqdm.auto import tqdm
+
+    ids = getattr(windows, "ids", windows)
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise ValueError(f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    source = Source.of(model)
+    run = {"text": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(), "shape": list(ids.shape), "batch": batch}
+    moments, done = Moments.zeros(source, attention), 0
+    if path is not None and Path(path).exists():
+        moments, done = _resume(path, moments, run)
+    batches, fresh = ids.split(batch), Moments.zeros(source, attention)
+    saved, cost, whole = time.monotonic(), 0.0, True
+    try:
+        for number in tqdm(range(done, len(batches)), "calibrating", len(batches), initial=done, disable=not progress):
+            _sum_batch(model, batches[number], fresh, attention, number)
+            whole = False
+            moments._take(fresh)
+            whole, done = True, number + 1
+            # Saved so often that it takes a twentieth of the time; a run that is killed repeats a few batches.
+            if path is not None and time.monotonic() - saved > 20 * cost:
+                cost = -time.monotonic()
+                moments.save(path, done=done, **run)
+                saved = time.monotonic()
+                cost += saved
+    finally:  # Ctrl-C, NaN, end: keep all finished batches, unless the stop fell into the adding itself
+        if path is not None and whole and done:
+            moments.save(path, done=done, **run)
+    return moments
+
+
+def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
+    """The moments in `path` and how many batches they hold; ValueError when they are not of this run."""
+    moments, notes = Moments._read(path)
+    done = notes.pop("done", 0)
+    differs = "model" if not moments.source.matches(empty.source) else None
+    differs = differs or ("choice of attention" if moments.gram.keys() != empty.gram.keys() else None)
+    differs = differs or next((name for name in run if notes.get(name) != run[name]), None)
+    if differs:
+        raise ValueError(
+            f"{str(path)!r} holds moments of another {differs}: name another path, or delete that file to start anew"
+        )
+    return moments, done
+
+
+def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) -> None:
+    """Add one forward pass to `sums`, layer by layer, so that no layer's activations outlive it."""
+
+    def see(layer: int, activations: Activations) -> None:
+        for kind, (total, gram) in _layer_sums(activations).items():
+            # A NaN or infinity anywhere in x stands on the diagonal of xᵀx as well: d numbers to look at, not all.
+            if not torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all():
+                raise ValueError(
+                    f"layer {layer}, batch {number}: {kind} hold NaN or infinity; a model in float16 may overflow: "
+                    "load it with dtype='float32' or 'bfloat16', and check its weights"
+                )
+            sums.gram[kind][layer] += gram.cpu()
+            if total is not None:
+                sums.total[kind][layer] += total.cpu()
+
+    body = model.base_model
+    body.eval()
+    with observe(model, see, attention), torch.no_grad():
+        body(input_ids=ids.to(body.device), use_cache=False)
+    sums.count += ids.numel()
+
+
+def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """kind -> (total, gram) of one layer and batch, float64."""
+    sums = {}
+    for kind in PLAIN:
+        x = getattr(activations, kind).double()  # [batch, heads, tokens, d_h]
+        if kind.startswith("queries"):
+            rows = x.transpose(0, 1).flatten(1, 2)  # [heads, batch * tokens, d_h]
+            sums[kind] = rows.sum(1).ravel(), rows.mT @ rows
+        else:
+            rows = _side_by_side(x)
+            sums[kind] = rows.sum(0), rows.T @ rows
+    if activations.attention is not None:
+        sums |= _attended_sums(activations)
+    return sums
+
+
+def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
+    """The two attention-weighted grams.
+
+    The error of one softmax row is the variance of its score errors under the row itself, since a shift common to
+    all scores changes nothing. Summed over the queries q of head j, with w_m = Σ_q A_j[q, m]:
+
+        Σ_q Cov_{A_j[q]}(k) = Σ_m w_m k_mᵀ k_m − (A_j K)ᵀ (A_j K)
+    """
+    weights = activations.attention.float()  # [batch, query heads, tokens, tokens]
+    heads = weights.shape[1]
+    keys, values = (_wide(x) for x in (activations.keys_post, activations.values))  # [batch, tokens, kv heads * d_h]
+    read = torch.zeros(2, keys.shape[-1], keys.shape[-1], dtype=torch.float64, device=keys.device)
+    for j in range(heads):  # one head at a time: [batch, query heads, tokens, kv heads * d_h] would be large
+        for n, x in enumerate((keys, values)):
+            rows = (weights[:, j].to(x.dtype) @ x).flatten(0, 1).double()  # [batch * tokens, kv heads * d_h]
+            read[n] += rows.T @ rows
+    received = weights.double().sum((1, 2)).ravel()  # w: [batch * tokens], what all heads and queries give a token
+    rows = keys.flatten(0, 1).double()
+    spread = rows.T @ (received[:, None] * rows) - read[0]
+    return {"keys_attended": (None, spread / heads), "values_attended": (None, read[1] / heads)}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, d_h] -> [batch, tokens, heads * d_h], in float32 at least."""
+    return x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, d_h] -> [batch * tokens, heads * d_h]: a row per token, heads side by side."""
+    return x.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _key_weight(module, llama: bool) -> Tensor:
+    """The weights that make one layer's keys, [kv heads * d_h, hidden]."""
+    if llama:
+        return module.k_proj.weight
+    fused = module.query_key_value.weight  # [heads * 3 * d_h, hidden]
+    return fused.unflatten(0, (module.num_heads, 3, module.head_dim))[:, 1]

