@@ -41,7 +41,7 @@ $(BUILT): $(PAGES) $(FRAME)
 	@for f in $(FRAME); do [ $(BUILT) -nt $$f ] || { rm -rf _build/html _build/.doctrees; break; }; done
 	@rm -f $(BUILT)
 	@echo 'Building the book: half a minute the first time.'
-	@$(BIN)/jupyter-book build -q -W --keep-going -n .
+	@$(BIN)/jupyter-book build -q -W --keep-going -n . > _build/banner
 	@touch $(BUILT)
 
 serve: book

@@ -33,6 +33,9 @@ window.FontAwesomeConfig = { autoReplaceSvg: "nest" };
   }
 
   window.addEventListener("load", function () {
+    // The widget manager typesets descriptions as MathJax 2 does; the page has MathJax 3.
+    if (window.MathJax && !window.MathJax.Hub)
+      window.MathJax.Hub = { Queue: (call) => window.MathJax.typesetPromise([call[2]]) };
     nameControls();
     if (document.querySelector("script[type^='application/vnd.jupyter.widget']"))
       new MutationObserver(nameControls).observe(document.body, { childList: true, subtree: true, characterData: true });
