@@ -99,7 +99,7 @@ CAUSES = [
     (
         r"No space left on device|ENOSPC|Errno 28",
         f"The disk is full: free about {NEEDED_GB} GB where this folder and the temporary folder lie "
-        "(TMPDIR=... moves the latter) and run the same command again.",
+        "(TMPDIR moves the latter) and run the same command again.",
     ),
     (
         r"name resolution|Failed to resolve|NewConnectionError|connection broken|ConnectTimeout|ReadTimeout"
