@@ -2,9 +2,9 @@
 
     python tests/strict.py [NOTEBOOK ...]        all of the book's when none is named
 
-Compared, letter by letter: text, tables and values. Not compared: pictures, which nbval skips, and what libraries
-say on standard error. Some chapters measure text that comes with Python and differs between its minor versions;
-under another one than the outputs were stored with, notebooks are run but not compared.
+Compared, letter by letter: text, tables and values. Not compared: pictures, which nbval skips, and what
+libraries say on standard error. Some chapters measure text that comes with Python and differs between its
+minor versions; under another one than the outputs were stored with, they are run but not compared.
 """
 
 import json

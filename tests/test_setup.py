@@ -1,4 +1,4 @@
-"""The sentences of the set-up, and that it does again only what has changed. Installs nothing, needs no network."""
+"""The sentences of the set-up, and that only what has changed is done again. Needs no network."""
 
 import subprocess
 import sys
