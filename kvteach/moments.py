@@ -58,7 +58,7 @@ class Source:
         """The identity of a transformers model."""
         config, modules = model.config, attention_modules(model)
         llama = check_family(config) == "llama"
-        norms = [_key_weight(module, llama).double().norm() for module in modules]
+        norms = [_key_weight(module, llama).detach().double().norm().cpu() for module in modules]
         return cls(
             config.model_type,
             len(modules),
@@ -369,6 +369,7 @@ def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
     weights = activations.attention.float()  # [batch, query heads, tokens, tokens]
     heads = weights.shape[1]
     keys, values = (_wide(x) for x in (activations.keys_post, activations.values))  # [batch, tokens, kv heads * d_h]
+    keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
     read = torch.zeros(2, keys.shape[-1], keys.shape[-1], dtype=torch.float64, device=keys.device)
     for j in range(heads):  # one head at a time: [batch, query heads, tokens, kv heads * d_h] would be large
         for n, x in enumerate((keys, values)):

@@ -1,0 +1,297 @@
+"""Streamed moments are the moments of the stored activations, however they were streamed, stopped or summed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvteach.activations import record
+from kvteach.moments import ATTENDED, PLAIN, Moments, Source, calibrate
+
+
+@pytest.fixture(params=tiny.MODELS)
+def model(request):
+    return tiny.MODELS[request.param]()
+
+
+def rows(activations, kind):
+    """[batch, heads, tokens, d_h] -> [batch * tokens, heads * d_h]"""
+    return getattr(activations, kind).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def same(a: Moments, b: Moments) -> bool:
+    """Equal to the last bit."""
+    return a.count == b.count and all(
+        torch.equal(mine[kind], other[kind])
+        for mine, other in ((a.gram, b.gram), (a.total, b.total))
+        for kind in mine
+    )
+
+
+def close(a: Moments, b: Moments) -> bool:
+    return a.count == b.count and all(torch.allclose(a.gram[kind], b.gram[kind]) for kind in a.gram)
+
+
+def test_streamed_equals_stored(model):
+    ids = tiny.ids(5, 11)
+    moments = calibrate(model, ids, batch=2, progress=False)
+    stored = record(model, ids)
+    for layer, activations in enumerate(stored):
+        for kind in ("keys_pre", "keys_post", "values"):
+            x = rows(activations, kind)
+            assert torch.allclose(moments.matrix(kind, layer), x.T @ x / len(x))
+            assert torch.allclose(moments.mean(kind, layer).ravel(), x.mean(0))
+            assert torch.allclose(moments.matrix(kind, layer, centred=True), torch.cov(x.T, correction=0))
+            singular = torch.linalg.svdvals(x)
+            assert torch.allclose(moments.spectrum(kind, layer)[: len(singular)], singular**2 / len(x), atol=1e-12)
+        for head in range(model.config.num_attention_heads):
+            x = activations.queries_post[:, head].flatten(0, 1)
+            assert torch.allclose(moments.matrix("queries_post", layer, head), x.T @ x / len(x))
+            assert torch.allclose(
+                moments.matrix("queries_post", layer, head, centred=True), torch.cov(x.T, correction=0)
+            )
+
+
+def test_attended_moments_by_their_definition(model):
+    """One softmax row at a time, as the definition says: a covariance for keys, an outer product for values."""
+    ids = tiny.ids(2, 7)
+    moments = calibrate(model, ids, attention=True, progress=False)
+    for layer, activations in enumerate(record(model, ids, attention=True)):
+        keys = activations.keys_post.transpose(1, 2).flatten(2)  # [batch, tokens, width]
+        values = activations.values.transpose(1, 2).flatten(2)
+        spread = torch.zeros_like(moments.gram["keys_attended"][layer])
+        read = torch.zeros_like(spread)
+        batch, heads, tokens, _ = activations.attention.shape
+        for b, j, q in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(tokens)):
+            row = activations.attention[b, j, q].double()
+            spread += torch.cov(keys[b].T, aweights=row, correction=0) / heads
+            read += (row @ values[b]).outer(row @ values[b]) / heads
+        assert torch.allclose(moments.gram["keys_attended"][layer], spread, atol=1e-7)
+        assert torch.allclose(moments.gram["values_attended"][layer], read, atol=1e-7)
+
+
+def test_keys_shifted_alike_leave_the_attended_covariance():
+    """What softmax cannot see, the attended covariance must not count: here a bias on every key, without RoPE."""
+    model = tiny.MODELS["bloom"]()
+    before = calibrate(model, tiny.ids(), attention=True, progress=False)
+    fused = model.transformer.h[0].self_attention.query_key_value
+    with torch.no_grad():
+        fused.bias.unflatten(0, (4, 3, 16))[:, 1] += 3.0
+    after = calibrate(model, tiny.ids(), attention=True, progress=False)
+    assert not torch.allclose(before.gram["keys_post"][0], after.gram["keys_post"][0])
+    assert torch.allclose(before.gram["keys_attended"][0], after.gram["keys_attended"][0], atol=1e-6)
+
+
+def test_batch_size_and_order_do_not_matter(model):
+    ids = tiny.ids(6, 9)
+    one = calibrate(model, ids, batch=1, attention=True, progress=False)
+    assert close(one, calibrate(model, ids, batch=4, attention=True, progress=False))
+    assert close(one, calibrate(model, ids.flip(0), batch=3, attention=True, progress=False))
+
+
+@settings(max_examples=10, deadline=None)
+@given(cut=st.integers(1, 5))
+def test_sums_add_up(cut):
+    model, ids = tiny.MODELS["llama-gqa"](), tiny.ids(6, 5)
+    parts = [calibrate(model, part, progress=False) for part in (ids[:cut], ids[cut:])]
+    assert close(parts[0] + parts[1], calibrate(model, ids, progress=False))
+    assert close(parts[0] + parts[1], parts[1] + parts[0])
+
+
+def test_memory_does_not_grow_with_tokens():
+    model = tiny.MODELS["llama-gqa"]()
+    sizes = set()
+    for windows in (1, 4, 16):
+        moments = calibrate(model, tiny.ids(windows, 8), progress=False)
+        sizes.add(sum(t.nbytes for part in (moments.gram, moments.total) for t in part.values()))
+    assert len(sizes) == 1
+
+
+def test_float32_models_are_summed_in_float64():
+    """In float32 the small directions of keys that are nearly the same would drown; here they come out right."""
+    model = tiny.MODELS["bloom"](dtype=torch.float32)
+    with torch.no_grad():
+        model.transformer.h[0].self_attention.query_key_value.bias.unflatten(0, (4, 3, 16))[:, 1] += 100.0
+    ids = tiny.ids(4, 16)
+    exact = rows(record(model, ids)[0], "keys_post").double()
+    found = calibrate(model, ids, progress=False).spectrum("keys_post", 0)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, torch.linalg.svdvals(exact).square() / len(exact), rtol=1e-6, atol=1e-9)
+
+
+# -- bad input --------------------------------------------------------------------------------------------
+
+
+def test_nan_is_refused_with_its_place():
+    model = tiny.MODELS["llama-gqa"]()
+    model.model.embed_tokens.weight.data[7] = float("nan")
+    ids = torch.ones(6, 5, dtype=torch.long)
+    ids[3, 2] = 7
+    with pytest.raises(ValueError, match=r"layer 0, batch 1: keys_pre hold NaN or infinity"):
+        calibrate(model, ids, batch=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [torch.ones(5), torch.ones(0, 5, dtype=torch.long), torch.ones(5, 0, dtype=torch.long), torch.ones(2, 2)],
+)
+def test_windows_of_a_wrong_shape_are_refused(windows):
+    with pytest.raises(ValueError, match=r"windows must be token ids \[windows, tokens\], at least one"):
+        calibrate(tiny.MODELS["llama-gqa"](), windows, progress=False)
+
+
+def test_moments_of_different_models_do_not_mix():
+    ids = tiny.ids()
+    gqa = calibrate(tiny.MODELS["llama-gqa"](), ids, progress=False)
+    with pytest.raises(ValueError, match="two models"):
+        gqa + calibrate(tiny.MODELS["llama-mha"](), ids, progress=False)
+    other = tiny.MODELS["llama-gqa"]()
+    other.model.layers[1].self_attn.k_proj.weight.data *= 1.1  # the same shape, other weights
+    with pytest.raises(ValueError, match="two models"):
+        gqa + calibrate(other, ids, progress=False)
+    with pytest.raises(ValueError, match="keys_attended, values_attended"):
+        gqa + calibrate(tiny.MODELS["llama-gqa"](), ids, attention=True, progress=False)
+
+
+def test_half_precision_is_the_same_model():
+    full, half = (Source.of(tiny.MODELS["llama-gqa"](dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
+    assert full.matches(half)
+
+
+def test_questions_without_an_answer_are_refused():
+    moments = calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(), progress=False)
+    with pytest.raises(ValueError, match="no moments of 'keys', only of keys_pre"):
+        moments.matrix("keys", 0)
+    with pytest.raises(ValueError, match="calibrate with attention=True"):
+        moments.matrix("keys_attended", 0)
+    with pytest.raises(IndexError, match="layers 0 to 2"):
+        moments.matrix("values", 3)
+    with pytest.raises(IndexError, match="head 2 does not exist: values have heads 0 to 1"):
+        moments.matrix("values", 0, [0, 2])
+    with pytest.raises(ValueError, match="no token"):
+        Moments.zeros(moments.source).matrix("values", 0)
+
+
+def test_a_constant_text_gives_a_degenerate_spectrum_and_no_nan():
+    moments = calibrate(tiny.MODELS["bloom"](), torch.ones(2, 6, dtype=torch.long), attention=True, progress=False)
+    for kind in moments.gram:
+        spectrum = moments.spectrum(kind, 0)
+        assert torch.isfinite(spectrum).all()
+        assert (spectrum >= 0).all()
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path):
+    moments = calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(), attention=True, progress=False)
+    path = tmp_path / "new" / "moments.safetensors"
+    moments.save(path)
+    again = Moments.load(path)
+    assert same(moments, again)
+    assert again.source == moments.source
+    assert set(again.gram) == set(PLAIN + ATTENDED)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
+
+
+def test_load_refuses_what_is_not_moments(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="no moments at"):
+        Moments.load(tmp_path / "nowhere")
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        Moments.load(junk)
+    save_file({"x": torch.ones(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="no moments of format 1"):
+        Moments.load(tmp_path / "other")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    model, ids, path = tiny.MODELS["llama-gqa"](), tiny.ids(7, 6), tmp_path / "moments"
+    whole = calibrate(model, ids, batch=2, progress=False)
+    passes = []
+
+    def stop_in_the_third(*args, **kwargs):
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop_in_the_third)  # in the middle of a batch
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, ids, batch=2, path=path, progress=False)
+    assert Moments.load(path).count == 2 * 2 * 6  # both finished batches, nothing of the third
+    resumed = calibrate(model, ids, batch=2, path=path, progress=False)
+    handle.remove()
+    assert len(passes) == 3 + 2  # two batches were left
+    assert same(resumed, whole)
+    assert same(calibrate(model, ids, batch=2, path=path, progress=False), whole)  # finished: read, not run
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """SIGKILL in the middle: whatever lies at the path is whole, and going on gives the sums of the whole text."""
+    path = tmp_path / "moments"
+    script = textwrap.dedent("""
+        import sys, time
+        import tiny
+        from kvteach.moments import calibrate
+        model = tiny.MODELS["llama-gqa"]()
+        model.model.layers[0].register_forward_pre_hook(lambda *a: time.sleep(0.05))
+        calibrate(model, tiny.ids(60, 6), path=sys.argv[1], progress=False)
+    """)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], env=environment)
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < Moments.load(path).count < 60 * 6
+    model, ids = tiny.MODELS["llama-gqa"](), tiny.ids(60, 6)
+    assert same(calibrate(model, ids, path=path, progress=False), calibrate(model, ids, progress=False))
+
+
+def test_going_on_with_another_run_is_refused(tmp_path):
+    model, ids, path = tiny.MODELS["llama-gqa"](), tiny.ids(4, 6), tmp_path / "moments"
+    calibrate(model, ids, path=path, progress=False)
+    with pytest.raises(ValueError, match="another text"):
+        calibrate(model, tiny.ids(4, 6, seed=2), path=path, progress=False)
+    with pytest.raises(ValueError, match="another batch"):
+        calibrate(model, ids, batch=2, path=path, progress=False)
+    with pytest.raises(ValueError, match="another choice of attention"):
+        calibrate(model, ids, attention=True, path=path, progress=False)
+    with pytest.raises(ValueError, match="another model"):
+        calibrate(tiny.MODELS["llama-mha"](), ids, path=path, progress=False)
+
+
+# -- processes --------------------------------------------------------------------------------------------
+
+
+def _share(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    share = tiny.ids(5, 6)[rank::2]
+    calibrate(tiny.MODELS["llama-gqa"](), share, progress=False).all_reduce().save(f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_moments_of_one(tmp_path):
+    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
+    first, second = (Moments.load(tmp_path / name) for name in "01")
+    assert same(first, second)
+    assert close(first, calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(5, 6), progress=False))
+
+
+def test_all_reduce_without_a_group_says_what_to_do():
+    with pytest.raises(RuntimeError, match="run under torchrun"):
+        calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(), progress=False).all_reduce()

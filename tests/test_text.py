@@ -1,0 +1,96 @@
+"""Windows come from the text that was named, the two sides never share a document."""
+
+import pytest
+from pydoc_data.topics import topics
+
+from kvteach import text
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def __call__(self, body, **kwargs):
+        return {"input_ids": [ord(letter) for letter in body]}
+
+
+def read(windows) -> str:
+    return "".join(map(chr, windows.ids.ravel().tolist()))
+
+
+def test_sides_are_disjoint_and_complete():
+    calibration, evaluation = (list(text.documents("pydoc-topics", split)) for split in text.SPLITS)
+    assert sorted(calibration + evaluation) == sorted(topics.values())
+    assert not set(calibration) & set(evaluation)
+
+
+def test_the_split_depends_on_the_name_alone(tmp_path):
+    def sides():
+        return {split: set(text.documents(tmp_path, split)) for split in text.SPLITS}
+
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(f"body {number}")
+    before = sides()
+    (tmp_path / "new.md").write_text("a thirteenth")
+    after = sides()
+    assert all(before[split] <= after[split] for split in text.SPLITS)
+    assert sum(map(len, after.values())) == 13
+
+
+def test_windows_are_the_text_in_order():
+    windows = text.windows(Letters(), count=3, length=50)
+    assert windows.ids.shape == (3, 50)
+    assert read(windows) == next(text.documents("pydoc-topics", "calibration"))[:150]
+    assert text.windows(Letters(), 2, 50).fingerprint != windows.fingerprint
+    assert text.windows(Letters(), 3, 50).fingerprint == windows.fingerprint
+    assert text.windows(Letters(), 3, 50, "evaluation").fingerprint != windows.fingerprint
+    assert repr(windows) == f"pydoc-topics, calibration: 3 windows × 50 tokens, fingerprint {windows.fingerprint}"
+
+
+def test_a_file_of_paragraphs(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n\n".join(f"paragraph {n}" for n in range(20)))
+    both = [set(text.documents(file, split)) for split in text.SPLITS]
+    assert not both[0] & both[1]
+    assert len(both[0] | both[1]) == 20
+    assert text.windows(Letters(), 1, 12, text=file).ids.shape == (1, 12)
+
+
+def test_errors_name_the_cure():
+    with pytest.raises(ValueError, match=r"has \d+ windows of 512 tokens, 1000000 were asked for"):
+        text.windows(Letters(), 10**6)
+    with pytest.raises(ValueError, match="split is 'test'; it is one of calibration, evaluation"):
+        text.windows(Letters(), 1, split="test")
+    with pytest.raises(ValueError, match="must be at least 1"):
+        text.windows(Letters(), 0)
+    with pytest.raises(LookupError, match="no text 'wiki': name pydoc-topics, wikitext-2, c4, or a file or folder"):
+        text.windows(Letters(), 1, text="wiki")
+
+
+def test_hub_texts_are_read_from_a_data_set(tmp_path, monkeypatch):
+    """The real loading code, on a data set in a local folder."""
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text('{"text": "the training side"}\n{"text": " "}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "the test side"}\n')
+    splits = {"calibration": "train", "evaluation": "test"}
+    monkeypatch.setitem(text.HUB, "wikitext-2", (str(tmp_path), None, splits))
+    assert list(text.documents("wikitext-2", "calibration")) == ["the training side"]
+    assert read(text.windows(Letters(), 1, 8, "evaluation", "wikitext-2")) == "the test"
+
+
+def test_no_network_never_means_another_text(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConnectionError, match="'c4' lies on the hub, which cannot be reached"):
+        text.windows(Letters(), 1, text="c4")
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+        text.windows(Letters(), 1, text="c4")
