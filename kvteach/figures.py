@@ -12,6 +12,7 @@ Alt text belongs to the notebook cell (metadata ``mystnb.image.alt``) or to the 
 import io
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe–Ito: eight colours that remain distinct with any common colour-vision deficiency; yellow left out, too
@@ -55,14 +56,39 @@ def new(claim: str, x: str = "", y: str = "", panels: int = 1, size: tuple[float
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, panels, figsize=size or (7, 3.6), sharey=True, squeeze=False)
+        if panels == 1:
+            axes[0, 0].set_title(claim)  # here, because its place and weight are read when it is set
     for axis in axes[0]:
         axis.set_xlabel(x)
     axes[0, 0].set_ylabel(y)
     if panels == 1:
-        axes[0, 0].set_title(claim)
         return figure, axes[0, 0]
     figure.suptitle(claim, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"], fontweight="bold")
     return figure, axes[0]
+
+
+def shares(claim: str, names, parts: dict, unit: str):
+    """One bar of length 1 for each name, cut into parts, with the amount of each part written in it.
+
+    Parameters
+    ----------
+    names : what the bars stand for, top to bottom.
+    parts : label -> one amount for each name, in `unit`; three parts at most.
+    """
+    amounts = np.array(list(parts.values()), dtype=float)
+    widths = amounts / amounts.sum(0)
+    figure, axes = new(claim, x=f"share of the sum (in the bars: {unit})")
+    for row, label in enumerate(parts):
+        left = widths[:row].sum(0)
+        bars = axes.barh(list(names), widths[row], left=left, color=COLOURS[4 + row], label=label)
+        wide = widths[row] > 0.08  # else the number would not fit
+        texts = [f"{amount:.1f}" if fits else "" for amount, fits in zip(amounts[row], wide, strict=True)]
+        axes.bar_label(bars, texts, label_type="center")
+    axes.set(xlim=(0, 1))
+    axes.grid(False)
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower right", ncols=len(parts))
+    return figure
 
 
 def png(figure: Figure) -> bytes:

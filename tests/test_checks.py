@@ -40,9 +40,9 @@ def from_counts(count):
 
 
 RIGHT = [
-    (check_cost.cache_bytes, bytes_of),
+    (check_cost.kv_bytes, bytes_of),
     (
-        check_cost.cache_bytes,
+        check_cost.kv_bytes,
         lambda layers, query_heads, kv_heads, head_dim, tokens, bytes_per_number: cost.cache_bytes(
             cost.Shape(layers, 1, query_heads, kv_heads, head_dim, 1, 1), tokens, 1, bytes_per_number
         ),
@@ -67,35 +67,35 @@ RIGHT = [
 
 WRONG = [
     # Exercise 0.1
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c) / 2, "keys and values are both cached"),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c) / c["bytes_per_number"], "not bytes"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c) / 2, "keys and values are both cached"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c) / c["bytes_per_number"], "not bytes"),
     (
-        check_cost.cache_bytes,
+        check_cost.kv_bytes,
         lambda **c: bytes_of(**c | {"kv_heads": c["query_heads"]}),
         "this counts query heads:",
     ),
     (
-        check_cost.cache_bytes,
+        check_cost.kv_bytes,
         lambda **c: bytes_of(**c | {"kv_heads": c["kv_heads"] + c["query_heads"] / 2}),
         "beside keys and values",
     ),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c) * 8, "these are bits"),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c | {"tokens": 1}), "the cache of one token"),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c | {"layers": 1}), "this is one layer"),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c | {"head_dim": 1}), "vector of head_dim numbers"),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c) / 2**20, "these are MiB"),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c) / 10**6, "these are MB"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c) * 8, "these are bits"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c | {"tokens": 1}), "the cache of one token"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c | {"layers": 1}), "this is one layer"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c | {"head_dim": 1}), "vector of head_dim numbers"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c) / 2**20, "these are MiB"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c) / 10**6, "these are MB"),
     (
-        check_cost.cache_bytes,
+        check_cost.kv_bytes,
         lambda **c: bytes_of(**c | {"kv_heads": c["query_heads"]}) / 2,
         "so a factor 2 is missing; and this counts query heads",
     ),
     (
-        check_cost.cache_bytes,
+        check_cost.kv_bytes,
         lambda **c: bytes_of(**c | {"bytes_per_number": 4}),
         "with bytes_per_number = 1",
     ),
-    (check_cost.cache_bytes, lambda **c: bytes_of(**c) + 1, "the cache has 1680 bytes, yours says 1681"),
+    (check_cost.kv_bytes, lambda **c: bytes_of(**c) + 1, "the cache has 1680 bytes, yours says 1681"),
     # Exercise 0.2
     (check_cost.longest_context, lambda **c: context(**c | {"memory_gb": 24 * 2**30 / 10**9}), "GB for GiB"),
     (check_cost.longest_context, lambda **c: context(**c | {"weight_bytes": 0}), "subtract weight_bytes"),

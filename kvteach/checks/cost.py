@@ -5,15 +5,15 @@ from math import isclose
 
 from . import check, expect, number
 
-__all__ = ["attention_flops", "cache_bytes", "longest_context"]
+__all__ = ["attention_flops", "kv_bytes", "longest_context"]
 
 
 @check("Exercise 0.1")
-def cache_bytes(answer):
+def kv_bytes(answer):
     """``answer(layers, query_heads, kv_heads, head_dim, tokens, bytes_per_number)`` -> bytes."""
     case = dict(layers=3, query_heads=22, kv_heads=2, head_dim=5, tokens=7, bytes_per_number=4)
     right = 2 * 3 * 2 * 5 * 7 * 4
-    value = number(answer(**case), "cache_bytes(...)")
+    value = number(answer(**case), "kv_bytes(...)")
     mistakes = {
         1 / 2: "keys and values are both cached, so a factor 2 is missing",
         1 / 4: "these are numbers, not bytes: multiply by bytes_per_number",
@@ -29,7 +29,7 @@ def cache_bytes(answer):
     _name(value / right, mistakes)
     expect(value == right, f"for {_words(case)} the cache has {right} bytes, yours says {value:g}")
     case["bytes_per_number"] = 1
-    value = number(answer(**case), "cache_bytes(...)")
+    value = number(answer(**case), "kv_bytes(...)")
     expect(value == right / 4, f"with bytes_per_number = 1 it has {right // 4} bytes, yours says {value:g}")
 
 
