@@ -49,13 +49,13 @@ def steps():
             "the SmolLM2-135M model: 98 MB to download, into .venv",
             install_model,
         ),
-        ("kvteach", [ROOT / "pyproject.toml"], "kvteach itself, from this folder", install_kvteach),
         (
             "scripts",
             [ROOT / "book/_tools/vendor.json", ROOT / "book/_tools/vendor.py"],
             "MathJax and the widget manager: 12 MB to download, 4 MB in book/_static/vendor",
             vendor_scripts,
         ),
+        ("kvteach", [ROOT / "pyproject.toml"], "kvteach itself, from this folder", install_kvteach),
     ]
 
 
