@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent / "book" / "_tools"))
+
+import refresh  # noqa: E402
+
 CELL_SECONDS = 300  # nbval's own limit is 2000
 MESSAGE_SECONDS = 60  # nbval waits 5 s for each message of the kernel, too short on a busy machine
 
@@ -51,8 +55,8 @@ def run(paths: list[Path], option: str) -> int:
 
 def main(names: list[str]) -> int:
     """Strictly, where this Python is the one of the outputs; otherwise leniently, and say so."""
-    os.environ["OMP_NUM_THREADS"] = "2"  # as in book/_tools/refresh.py: the last digits depend on it
-    os.environ["PYTHONHASHSEED"] = "0"
+    os.environ.update(refresh.ENVIRONMENT)
+    os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no result
     here = "{}.{}".format(*sys.version_info[:2])
     paths = [Path(name) for name in names] or sorted((TESTS.parent / "book").glob("**/*.ipynb"))
     foreign = [path for path in paths if stored_with(path) not in (here, None)]

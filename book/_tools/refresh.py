@@ -5,6 +5,7 @@ in what it says: numbers instead of random widget ids, no timings, no version of
 a failing cell is left as it was.
 """
 
+import base64
 import json
 import os
 import re
@@ -18,11 +19,19 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from kvteach import figures
+
 BOOK = Path(__file__).resolve().parents[1]
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
 CELL_SECONDS = 600
 KEPT = {"tags", "mystnb", "jupyter"}  # of a cell's metadata
+# The same for every run, here and where the result is compared with a new one (tests/strict.py).
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "2",  # the last digits of a sum depend on how many threads share it
+    "PYTHONHASHSEED": "0",
+    "TQDM_DISABLE": "1",  # a progress bar is for who waits, not for who reads
+}
 HEX = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 
@@ -55,6 +64,9 @@ def normalise(notebook) -> None:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
+            if picture := output.get("data", {}).get("image/png"):
+                small = figures.shrink(base64.b64decode(picture))
+                output.data["image/png"] = base64.b64encode(small).decode()
     for number, cell in enumerate(notebook.cells):
         cell.metadata = {key: value for key, value in cell.metadata.items() if key in KEPT}
         if re.fullmatch(r"[0-9a-f]{8}(-.*)?", cell.id):  # a random one; names given by hand stay
@@ -123,8 +135,8 @@ def refresh(path: Path) -> None:
 
 def main(names: list[str]) -> None:
     """All notebooks of the book, or those named."""
-    os.environ["OMP_NUM_THREADS"] = "2"  # the last digits of a sum depend on how many threads share it
-    os.environ["PYTHONHASHSEED"] = "0"
+    os.environ.update(ENVIRONMENT)
+    os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no result
     paths = [Path(name) for name in names] or sorted(BOOK.rglob("*.ipynb"))
     failed = False
     for path in paths:
