@@ -66,7 +66,9 @@ def observe(model, see: Callable[[int, Activations], None], attention: bool = Fa
         yield
 
 
-def record(model, input_ids: Tensor, attention_mask: Tensor | None = None, attention: bool = False) -> list[Activations]:
+def record(
+    model, input_ids: Tensor, attention_mask: Tensor | None = None, attention: bool = False
+) -> list[Activations]:
     """One forward pass without gradients, all layers kept.
 
     Parameters
@@ -80,7 +82,9 @@ def record(model, input_ids: Tensor, attention_mask: Tensor | None = None, atten
     """
     kept = []
     with observe(model, lambda layer, activations: kept.append(activations), attention), torch.no_grad():
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        )  # no head: no logits
     return kept
 
 
@@ -128,7 +132,9 @@ def _watch_bloom(layer: int, module: nn.Module, see, attention: bool) -> Iterato
         weights = output[1] if attention else None
         _see(layer, see, Activations(query, query, key, key, value, weights))
 
-    yield module.query_key_value.register_forward_hook(lambda projection, inputs, output: fused.append(output))
+    yield module.query_key_value.register_forward_hook(
+        lambda projection, inputs, output: fused.append(output)
+    )
     yield module.register_forward_hook(finish)
 
 
@@ -136,5 +142,7 @@ def _see(layer: int, see, activations: Activations) -> None:
     """Hand over one layer. Softmax weights wider than the queries mean that a filled cache was passed in."""
     weights = activations.attention
     if weights is not None and weights.shape[-1] != weights.shape[-2]:
-        raise ValueError("observe needs the whole text in one forward pass; this one continued from a filled cache")
+        raise ValueError(
+            "observe needs the whole text in one forward pass; this one continued from a filled cache"
+        )
     see(layer, activations)

@@ -3,6 +3,7 @@
 Nothing here changes anything; pages print `report()` where a number depends on the machine.
 """
 
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +45,14 @@ def half_dtype():
     return torch.bfloat16 if has_bf16() else torch.float16
 
 
+def bars_off() -> bool:
+    """True when the environment variable ``TQDM_DISABLE`` asks for no progress bars, as a run that stores outputs does.
+
+    tqdm itself obeys it in a terminal, but not in a notebook.
+    """
+    return os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+
+
 def stale_modules() -> list[str]:
     """Packages loaded in this process in another version than the one now installed.
 
@@ -65,7 +74,9 @@ def report() -> str:
     lines += [f"{name} {_installed(name) or 'is not installed'}" for name in PACKAGES]
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        lines.append(f"{card.name}, {card.total_memory / 2**30:.1f} GiB, bfloat16 {'yes' if has_bf16() else 'no'}")
+        lines.append(
+            f"{card.name}, {card.total_memory / 2**30:.1f} GiB, bfloat16 {'yes' if has_bf16() else 'no'}"
+        )
     else:
         lines.append(f"cpu, {torch.get_num_threads()} threads")
     return "\n".join(lines + stale_modules())

@@ -51,7 +51,9 @@ class Source:
     query_heads: int
     kv_heads: int
     head_dim: int
-    key_norm: float  # Frobenius norm of all key projections: tells two models of one shape apart, in any dtype
+    key_norm: (
+        float  # Frobenius norm of all key projections: tells two models of one shape apart, in any dtype
+    )
 
     @classmethod
     def of(cls, model) -> "Source":
@@ -99,7 +101,9 @@ class Moments:
             shape = (heads, source.head_dim, source.head_dim) if queries else (width, width)
             gram[kind] = torch.zeros(layers, *shape, dtype=torch.float64)
             if kind in PLAIN:
-                total[kind] = torch.zeros(layers, heads * source.head_dim if queries else width, dtype=torch.float64)
+                total[kind] = torch.zeros(
+                    layers, heads * source.head_dim if queries else width, dtype=torch.float64
+                )
         return cls(source, 0, total, gram)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -124,7 +128,9 @@ class Moments:
         self.count, batch.count = self.count + batch.count, 0
 
     def __repr__(self) -> str:
-        shape = f"{self.source.layers} layers × {self.source.kv_heads} key-value heads × {self.source.head_dim}"
+        shape = (
+            f"{self.source.layers} layers × {self.source.kv_heads} key-value heads × {self.source.head_dim}"
+        )
         return f"Moments of {self.count} tokens, {self.source.model_type}, {shape}: {', '.join(self.gram)}"
 
     def matrix(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
@@ -155,7 +161,9 @@ class Moments:
         if centred and kind not in self.total:
             raise ValueError(f"{kind} cannot be centred: its rows are averages under attention")
         if not 0 <= layer < self.source.layers:
-            raise IndexError(f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}")
+            raise IndexError(
+                f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}"
+            )
         queries = kind.startswith("queries")
         available = self.source.query_heads if queries else self.source.kv_heads
         chosen = range(available) if heads is None else [heads] if isinstance(heads, int) else list(heads)
@@ -169,7 +177,9 @@ class Moments:
             found = self.gram[kind][layer][columns][:, columns] / self.count
         if centred:
             mean = self.mean(kind, layer)[list(chosen)]  # [n, d_h]
-            outer = torch.block_diag(*(m.outer(m) for m in mean)) if queries else mean.ravel().outer(mean.ravel())
+            outer = (
+                torch.block_diag(*(m.outer(m) for m in mean)) if queries else mean.ravel().outer(mean.ravel())
+            )
             found = found - outer
         return found
 
@@ -219,7 +229,7 @@ class Moments:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("kvteach.moments", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file ({error})") from error
         if about.get("format") != FORMAT:
@@ -238,7 +248,9 @@ class Moments:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            raise RuntimeError("all_reduce needs a process group: run under torchrun and call init_process_group")
+            raise RuntimeError(
+                "all_reduce needs a process group: run under torchrun and call init_process_group"
+            )
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
 
         def summed(tensor: Tensor) -> Tensor:
@@ -256,7 +268,9 @@ class Moments:
 # Calibration
 
 
-def calibrate(model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True) -> Moments:
+def calibrate(
+    model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True
+) -> Moments:
     """Stream the moments of `windows` through `model`.
 
     Parameters
@@ -276,20 +290,31 @@ def calibrate(model, windows, batch: int = 1, attention: bool = False, path=None
     """
     from tqdm.auto import tqdm
 
+    from .env import bars_off
+
     ids = getattr(windows, "ids", windows)
     if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
-        raise ValueError(f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}")
+        raise ValueError(
+            f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}"
+        )
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     source = Source.of(model)
-    run = {"text": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(), "shape": list(ids.shape), "batch": batch}
+    run = {
+        "text": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
+        "shape": list(ids.shape),
+        "batch": batch,
+    }
     moments, done = Moments.zeros(source, attention), 0
     if path is not None and Path(path).exists():
         moments, done = _resume(path, moments, run)
     batches, fresh = ids.split(batch), Moments.zeros(source, attention)
     saved, cost, whole = time.monotonic(), 0.0, True
     try:
-        for number in tqdm(range(done, len(batches)), "calibrating", len(batches), initial=done, disable=not progress):
+        quiet = not progress or bars_off()
+        for number in tqdm(
+            range(done, len(batches)), "calibrating", len(batches), initial=done, disable=quiet
+        ):
             _sum_batch(model, batches[number], fresh, attention, number)
             whole = False
             moments._take(fresh)
@@ -368,14 +393,18 @@ def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
     """
     weights = activations.attention.float()  # [batch, query heads, tokens, tokens]
     heads = weights.shape[1]
-    keys, values = (_wide(x) for x in (activations.keys_post, activations.values))  # [batch, tokens, kv heads * d_h]
+    keys, values = (
+        _wide(x) for x in (activations.keys_post, activations.values)
+    )  # [batch, tokens, kv heads * d_h]
     keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
     read = torch.zeros(2, keys.shape[-1], keys.shape[-1], dtype=torch.float64, device=keys.device)
     for j in range(heads):  # one head at a time: [batch, query heads, tokens, kv heads * d_h] would be large
         for n, x in enumerate((keys, values)):
             rows = (weights[:, j].to(x.dtype) @ x).flatten(0, 1).double()  # [batch * tokens, kv heads * d_h]
             read[n] += rows.T @ rows
-    received = weights.double().sum((1, 2)).ravel()  # w: [batch * tokens], what all heads and queries give a token
+    received = (
+        weights.double().sum((1, 2)).ravel()
+    )  # w: [batch * tokens], what all heads and queries give a token
     rows = keys.flatten(0, 1).double()
     spread = rows.T @ (received[:, None] * rows) - read[0]
     return {"keys_attended": (None, spread / heads), "values_attended": (None, read[1] / heads)}

@@ -21,7 +21,11 @@ SPLITS = ("calibration", "evaluation")
 
 # name -> repository, configuration, and the hub's split for each of ours
 HUB = {
-    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "evaluation": "test"}),
+    "wikitext-2": (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        {"calibration": "train", "evaluation": "test"},
+    ),
     "c4": ("allenai/c4", "en", {"calibration": "train", "evaluation": "validation"}),
 }
 
@@ -43,7 +47,9 @@ class Windows:
     @property
     def fingerprint(self) -> str:
         """Eight hex digits of the sha256 of the token ids: equal only for equal text, tokenizer and shape."""
-        return hashlib.sha256(repr(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes()).hexdigest()[:8]
+        return hashlib.sha256(repr(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes()).hexdigest()[
+            :8
+        ]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,7 +105,9 @@ def documents(text: str, split: str) -> Iterator[str]:
     if path.is_file():
         paragraphs = path.read_text("utf-8").split("\n\n")
         return _side(((paragraph, paragraph) for paragraph in paragraphs if paragraph.strip()), split)
-    raise LookupError(f"no text {text!r}: name pydoc-topics, {', '.join(HUB)}, or a file or folder of .txt or .md")
+    raise LookupError(
+        f"no text {text!r}: name pydoc-topics, {', '.join(HUB)}, or a file or folder of .txt or .md"
+    )
 
 
 def _side(named: Iterable[tuple[str, str]], split: str) -> Iterator[str]:

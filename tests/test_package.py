@@ -20,7 +20,9 @@ def imported_by(code: str) -> set[str]:
 def test_importing_needs_numpy_at_most():
     heavy = {"torch", "transformers", "matplotlib", "ipywidgets", "safetensors", "tqdm", "pandas"}
     assert not imported_by("import kvteach") & (heavy | {"numpy"})
-    assert not imported_by("import kvteach.svd, kvteach.cost, kvteach.checks.svd, kvteach.checks.cost") & heavy
+    assert (
+        not imported_by("import kvteach.svd, kvteach.cost, kvteach.checks.svd, kvteach.checks.cost") & heavy
+    )
 
 
 def test_importing_changes_nothing_in_transformers():

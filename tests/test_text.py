@@ -1,7 +1,8 @@
 """Windows come from the text that was named, the two sides never share a document."""
 
-import pytest
 from pydoc_data.topics import topics
+
+import pytest
 
 from kvteach import text
 
@@ -43,7 +44,10 @@ def test_windows_are_the_text_in_order():
     assert text.windows(Letters(), 2, 50).fingerprint != windows.fingerprint
     assert text.windows(Letters(), 3, 50).fingerprint == windows.fingerprint
     assert text.windows(Letters(), 3, 50, "evaluation").fingerprint != windows.fingerprint
-    assert repr(windows) == f"pydoc-topics, calibration: 3 windows × 50 tokens, fingerprint {windows.fingerprint}"
+    assert (
+        repr(windows)
+        == f"pydoc-topics, calibration: 3 windows × 50 tokens, fingerprint {windows.fingerprint}"
+    )
 
 
 def test_a_file_of_paragraphs(tmp_path):
@@ -62,7 +66,9 @@ def test_errors_name_the_cure():
         text.windows(Letters(), 1, split="test")
     with pytest.raises(ValueError, match="must be at least 1"):
         text.windows(Letters(), 0)
-    with pytest.raises(LookupError, match="no text 'wiki': name pydoc-topics, wikitext-2, c4, or a file or folder"):
+    with pytest.raises(
+        LookupError, match="no text 'wiki': name pydoc-topics, wikitext-2, c4, or a file or folder"
+    ):
         text.windows(Letters(), 1, text="wiki")
 
 

@@ -1,4 +1,4 @@
-"""Names become models, or an error that says what to do. The conversion is tried as users meet it: killed, twice at once."""
+"""Names become models, or an error that says what to do. The conversion is tried killed and twice at once."""
 
 import json
 import os
@@ -76,7 +76,9 @@ def test_a_hub_id_without_a_network(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="check its spelling and the network; without a network use 'smollm2-135m'"):
+    with pytest.raises(
+        OSError, match="check its spelling and the network; without a network use 'smollm2-135m'"
+    ):
         zoo.load("owner/model")
 
 

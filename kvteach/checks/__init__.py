@@ -53,7 +53,9 @@ def check(exercise: str) -> Callable:
                 result = Result(exercise, True)
             except Mistake as mistake:
                 result = Result(exercise, False, str(mistake))
-            except Exception as error:  # the reader's own code failed: tell, do not bury the page in a traceback
+            except (
+                Exception
+            ) as error:  # the reader's own code failed: tell, do not bury the page in a traceback
                 result = Result(exercise, False, f"your code stopped with {type(error).__name__}: {error}")
             if strict is None:
                 strict = os.environ.get("KVTEACH_STRICT") == "1"

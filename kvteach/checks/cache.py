@@ -23,8 +23,8 @@ def rows(answer) -> None:
         not np.array_equal(found, x.permute(0, 2, 3, 1).reshape(batch * tokens, heads * d)),
         "the heads are interleaved: number 0 of every head comes first; keep each head's d_h numbers together",
     )
-    first = [x[0, head, 0].tolist() for head in range(heads)]
-    expect(found[0].tolist() == sum(first, []), f"row 0 should be token 0 of head 0, 1, 2: {first}")
+    first = torch.cat([x[0, head, 0] for head in range(heads)]).tolist()
+    expect(found[0].tolist() == first, f"row 0 should be token 0 of head 0, then 1, then 2: {first}")
     expect(
         not np.array_equal(found, x.permute(2, 0, 1, 3).reshape(batch * tokens, heads * d)),
         "rows of the two texts alternate: keep the tokens of one text together",
@@ -41,7 +41,9 @@ def stream(answer) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, 3, generator=generator) + 2 for n in (5, 2, 9)]
     empty = (0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64))
-    square = parts[0][:3]  # as many tokens as numbers: a product the wrong way round still has the right shape
+    square = parts[0][
+        :3
+    ]  # as many tokens as numbers: a product the wrong way round still has the right shape
     wrong_way = (square @ square.T).double().numpy()
     state = answer(empty, square)
     expect(isinstance(state, tuple) and len(state) == 3, "return the three sums: count, total, gram")
@@ -86,13 +88,19 @@ def covariance(answer) -> None:
         not np.allclose(found, gram / count - outer),
         "total is a sum, not a mean: divide it by count before taking the outer product",
     )
-    expect(not np.allclose(found, gram / count - outer / count), "divide both factors of the outer product: count²")
+    expect(
+        not np.allclose(found, gram / count - outer / count),
+        "divide both factors of the outer product: count²",
+    )
     expect(not np.allclose(found, centred * count), "that is the sum over all tokens: divide by count")
     expect(
         not np.allclose(found, torch.cov(x.T)),
         "you divided by count − 1: this book describes the tokens it has, so it divides by count",
     )
-    expect(np.allclose(found, centred), "it should be gram / count minus the outer product of the mean with itself")
+    expect(
+        np.allclose(found, centred),
+        "it should be gram / count minus the outer product of the mean with itself",
+    )
 
 
 @check("Exercise 2.4")
@@ -109,7 +117,11 @@ def kept(answer) -> None:
         not np.isclose(found, own),
         "that is what the best basis of this text keeps; use psi, which was found on another text",
     )
-    expect(not np.isclose(found, right * float(gram.trace())), "divide by the whole energy, the trace of gram")
+    expect(
+        not np.isclose(found, right * float(gram.trace())), "divide by the whole energy, the trace of gram"
+    )
     expect(not np.isclose(found, right**0.5), "energy is squared already: no root")
     expect(not np.isclose(found, 1 - right), "that is the share that is lost")
-    expect(np.isclose(found, right), f"the trace of psi · gram · psiᵀ over the trace of gram is {right:.3f} here")
+    expect(
+        np.isclose(found, right), f"the trace of psi · gram · psiᵀ over the trace of gram is {right:.3f} here"
+    )
