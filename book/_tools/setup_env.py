@@ -132,11 +132,14 @@ def run(command):
         command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
     )
     said = []
-    for line in process.stdout:
-        said.append(line)
-        if re.search(r"Downloading .* [MG]B\)|Installing collected", line):
-            print("  " + re.sub(r"(Installing) collected.*", r"\1 ...", line.strip()), flush=True)
-    if process.wait():
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if re.search(r"Downloading .* [MG]B\)|Installing collected", line):
+                print("  " + re.sub(r"(Installing) collected.*", r"\1 ...", line.strip()), flush=True)
+    finally:
+        process.wait()  # after Ctrl-C too: pip first takes back what it has half installed
+    if process.returncode:
         sys.stderr.write("".join(said[-20:]))
         known = explain("".join(said))
         raise Problem(
