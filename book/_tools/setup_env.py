@@ -142,9 +142,8 @@ def run(command):
     if process.returncode:
         sys.stderr.write("".join(said[-20:]))
         known = explain("".join(said))
-        raise Problem(
-            known or "That did not work ({}): the lines above say why.".format(" ".join(command[:4]))
-        )
+        unknown = "That did not work: the lines above say why; after a crash, delete .venv and begin again."
+        raise Problem(known or unknown)
 
 
 def pip(*arguments):
