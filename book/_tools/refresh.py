@@ -29,6 +29,7 @@ KEPT = {"tags", "mystnb", "jupyter"}  # of a cell's metadata
 # The same for every run, here and where the result is compared with a new one (tests/strict.py).
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",  # the last digits of a sum depend on how many threads share it
+    "OMP_WAIT_POLICY": "PASSIVE",  # on busy cores, threads that wait by spinning are two hundred times slower
     "PYTHONHASHSEED": "0",
     "TQDM_DISABLE": "1",  # a progress bar is for who waits, not for who reads
 }
@@ -61,6 +62,7 @@ def normalise(notebook) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code, start=1):
         cell.execution_count = number
+        cell.outputs = joined(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
@@ -72,6 +74,17 @@ def normalise(notebook) -> None:
         if re.fullmatch(r"[0-9a-f]{8}(-.*)?", cell.id):  # a random one; names given by hand stay
             cell.id = f"cell-{number}"
     number_widgets(notebook)
+
+
+def joined(outputs: list) -> list:
+    """With what was printed in one go, however many pieces it came in."""
+    whole = []
+    for output in outputs:
+        if whole and output.get("name") and output.get("name") == whole[-1].get("name"):
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def number_widgets(notebook) -> None:
