@@ -13,7 +13,7 @@ FRAME := _config.yml _toc.yml constraints.txt $(wildcard book/_ext/* book/_tools
 BUILT := _build/built
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test lint unit notebooks site outputs constraints setup clean
+.PHONY: help book serve test lint unit notebooks site outputs colab constraints setup clean
 .NOTPARALLEL:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint|unit|notebooks|site one part of it'
 	@echo 'make outputs                  run the notebooks again and store what they print'
 	@echo 'make outputs PAGE=book/x.ipynb  one of them'
+	@echo 'make colab                    run the chapters with the versions that Colab has'
 	@echo 'make constraints              move the pinned versions to the newest allowed'
 	@echo 'make clean                    remove what was built; remove .venv as well to start all over'
 
@@ -65,6 +66,9 @@ site: book
 
 outputs: setup
 	@$(RUN) book/_tools/refresh.py $(PAGE)
+
+colab: setup
+	@$(BIN)/python book/_tools/colab.py
 
 constraints: setup
 	$(BIN)/pip install --quiet --upgrade --upgrade-strategy eager -r requirements.txt

