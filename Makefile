@@ -13,7 +13,7 @@ FRAME := _config.yml _toc.yml constraints.txt $(wildcard book/_ext/* book/_tools
 BUILT := _build/built
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test lint unit notebooks site outputs colab constraints setup clean
+.PHONY: help book serve test lint unit notebooks site outputs colab constraints setup weights clean
 .NOTPARALLEL:
 
 help:
@@ -55,19 +55,23 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-unit: setup
+# Half a minute, once: so that no test and no stored page tells of it.
+weights: setup
+	@$(BIN)/python -m kvteach.zoo > /dev/null
+
+unit: weights
 	$(RUN) -m pytest -q --ignore tests/site tests
 
-notebooks: setup
+notebooks: weights
 	$(RUN) tests/strict.py $(PAGE)
 
 site: book
 	$(RUN) -m pytest -q tests/site
 
-outputs: setup
+outputs: weights
 	@$(RUN) book/_tools/refresh.py $(PAGE)
 
-colab: setup
+colab: weights
 	@$(BIN)/python book/_tools/colab.py
 
 constraints: setup

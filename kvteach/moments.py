@@ -128,10 +128,9 @@ class Moments:
         self.count, batch.count = self.count + batch.count, 0
 
     def __repr__(self) -> str:
-        shape = (
-            f"{self.source.layers} layers × {self.source.kv_heads} key-value heads × {self.source.head_dim}"
-        )
-        return f"Moments of {self.count} tokens, {self.source.model_type}, {shape}: {', '.join(self.gram)}"
+        of = self.source
+        shape = f"{of.layers} layers of {of.kv_heads} key-value heads × {of.head_dim}"
+        return f"Moments of {self.count} tokens, {of.model_type}, {shape}:\n  {', '.join(self.gram)}"
 
     def matrix(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
         """Second moment per token of one layer, E[xᵀx], or its covariance.

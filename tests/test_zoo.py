@@ -34,6 +34,11 @@ def test_the_named_model_is_a_real_llama():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
 
 
+def test_the_wheel_named_is_the_wheel_installed_by_make():
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text().split()
+    assert WHEEL.requirement in pins
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "bloom", "qwen2", "mistral"])
 def test_a_folder_is_a_model(tmp_path, name):
     from transformers import AutoTokenizer
