@@ -11,7 +11,8 @@ module           what it holds                                                  
 ``cost``         bytes, parameters and FLOPs of attention and its cache                0
 ``svd``          truncated SVD, energy, exact error                                    1
 ``activations``  keys, values and queries of a forward pass                            2
-``moments``      streaming second moments of those activations                         2
+``moments``      their sums over a text: count, mean, second moments                   2
+``calibration``  the run that streams those sums through a model                       2
 ``zoo``          models by name, folder or hub id
 ``text``         calibration and evaluation windows
 ``figures``      one look for every plot
@@ -25,7 +26,19 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_MODULES = ("activations", "checks", "cost", "env", "figures", "moments", "svd", "text", "widgets", "zoo")
+_MODULES = (
+    "activations",
+    "calibration",
+    "checks",
+    "cost",
+    "env",
+    "figures",
+    "moments",
+    "svd",
+    "text",
+    "widgets",
+    "zoo",
+)
 
 
 def __getattr__(name: str):

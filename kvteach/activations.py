@@ -96,6 +96,14 @@ def attention_modules(model) -> list[nn.Module]:
     return [block.self_attention for block in body.h]
 
 
+def key_weight(module: nn.Module) -> Tensor:
+    """The weights that make one attention module's keys: [kv heads * d_h, hidden], or [heads, d_h, hidden]."""
+    if hasattr(module, "k_proj"):
+        return module.k_proj.weight
+    fused = module.query_key_value.weight  # [heads * 3 * d_h, hidden]
+    return fused.unflatten(0, (module.num_heads, 3, module.head_dim))[:, 1]
+
+
 def _watch_llama(layer: int, module: nn.Module, see, attention: bool) -> Iterator:
     """Hooks on the three projections, and on the attention module for the rotation it was handed."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

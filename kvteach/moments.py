@@ -24,17 +24,15 @@ kind                    gram per layer             what it is
 Float64 is not a luxury: a float32 Gram matrix loses every direction whose energy is below 1e-7 of the largest.
 """
 
-import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .activations import Activations, attention_modules, observe
+from .activations import attention_modules, key_weight
 from .zoo import check_family
 
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
@@ -51,16 +49,14 @@ class Source:
     query_heads: int
     kv_heads: int
     head_dim: int
-    key_norm: (
-        float  # Frobenius norm of all key projections: tells two models of one shape apart, in any dtype
-    )
+    key_norm: float  # Frobenius norm of all key projections: tells models of one shape apart, in any dtype
 
     @classmethod
     def of(cls, model) -> "Source":
         """The identity of a transformers model."""
         config, modules = model.config, attention_modules(model)
         llama = check_family(config) == "llama"
-        norms = [_key_weight(module, llama).detach().double().norm().cpu() for module in modules]
+        norms = [key_weight(module).detach().double().norm().cpu() for module in modules]
         return cls(
             config.model_type,
             len(modules),
@@ -117,7 +113,7 @@ class Moments:
         gram = {kind: self.gram[kind] + other.gram[kind] for kind in self.gram}
         return Moments(self.source, self.count + other.count, total, gram)
 
-    def _take(self, batch: "Moments") -> None:
+    def take(self, batch: "Moments") -> None:
         """Add `batch` in place and empty it: the sums of a large model need not be in memory three times."""
         for kind, gram in batch.gram.items():
             self.gram[kind] += gram
@@ -216,11 +212,11 @@ class Moments:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Moments":
         """Read what `save` wrote. FileNotFoundError when nothing is there, ValueError when it is something else."""
-        return cls._read(path)[0]
+        return cls.read(path)[0]
 
     @classmethod
-    def _read(cls, path) -> tuple["Moments", dict]:
-        """The moments in a file, and the notes saved with them."""
+    def read(cls, path) -> tuple["Moments", dict]:
+        """The moments in a file and the notes saved with them; errors as for `load`."""
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
@@ -261,167 +257,3 @@ class Moments:
         total = {kind: summed(self.total[kind]) for kind in sorted(self.total)}
         gram = {kind: summed(self.gram[kind]) for kind in sorted(self.gram)}
         return Moments(self.source, count, total, gram)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Calibration
-
-
-def calibrate(
-    model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True
-) -> Moments:
-    """Stream the moments of `windows` through `model`.
-
-    Parameters
-    ----------
-    model : a LLaMA- or BLOOM-family model. Its language-model head is not run.
-    windows : `kvteach.text.Windows`, or token ids [windows, tokens] without padding.
-    batch : windows per forward pass.
-    attention : also sum the attention-weighted kinds, at two to three times the time.
-    path : a file that the moments are kept in while they grow. A run that was stopped goes on from its last saved
-        batch, with the same result to the last bit; a finished one is read. By default nothing is kept.
-    progress : show a bar.
-
-    Raises
-    ------
-    ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, or a
-        file at `path` that belongs to another model, text, batch size or choice of `attention`.
-    """
-    from tqdm.auto import tqdm
-
-    from .env import bars_off
-
-    ids = getattr(windows, "ids", windows)
-    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
-        raise ValueError(
-            f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}"
-        )
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1")
-    source = Source.of(model)
-    run = {
-        "text": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
-        "shape": list(ids.shape),
-        "batch": batch,
-    }
-    moments, done = Moments.zeros(source, attention), 0
-    if path is not None and Path(path).exists():
-        moments, done = _resume(path, moments, run)
-    batches, fresh = ids.split(batch), Moments.zeros(source, attention)
-    saved, cost, whole = time.monotonic(), 0.0, True
-    try:
-        quiet = not progress or bars_off()
-        for number in tqdm(
-            range(done, len(batches)), "calibrating", len(batches), initial=done, disable=quiet
-        ):
-            _sum_batch(model, batches[number], fresh, attention, number)
-            whole = False
-            moments._take(fresh)
-            whole, done = True, number + 1
-            # Saved so often that it takes a twentieth of the time; a run that is killed repeats a few batches.
-            if path is not None and time.monotonic() - saved > 20 * cost:
-                cost = -time.monotonic()
-                moments.save(path, done=done, **run)
-                saved = time.monotonic()
-                cost += saved
-    finally:  # Ctrl-C, NaN, end: keep all finished batches, unless the stop fell into the adding itself
-        if path is not None and whole and done:
-            moments.save(path, done=done, **run)
-    return moments
-
-
-def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
-    """The moments in `path` and how many batches they hold; ValueError when they are not of this run."""
-    moments, notes = Moments._read(path)
-    done = notes.pop("done", 0)
-    differs = "model" if not moments.source.matches(empty.source) else None
-    differs = differs or ("choice of attention" if moments.gram.keys() != empty.gram.keys() else None)
-    differs = differs or next((name for name in run if notes.get(name) != run[name]), None)
-    if differs:
-        raise ValueError(
-            f"{str(path)!r} holds moments of another {differs}: name another path, or delete that file to start anew"
-        )
-    return moments, done
-
-
-def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) -> None:
-    """Add one forward pass to `sums`, layer by layer, so that no layer's activations outlive it."""
-
-    def see(layer: int, activations: Activations) -> None:
-        for kind, (total, gram) in _layer_sums(activations).items():
-            # A NaN or infinity anywhere in x stands on the diagonal of xᵀx as well: d numbers to look at, not all.
-            if not torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all():
-                raise ValueError(
-                    f"layer {layer}, batch {number}: {kind} hold NaN or infinity; a model in float16 may overflow: "
-                    "load it with dtype='float32' or 'bfloat16', and check its weights"
-                )
-            sums.gram[kind][layer] += gram.cpu()
-            if total is not None:
-                sums.total[kind][layer] += total.cpu()
-
-    body = model.base_model
-    body.eval()
-    with observe(model, see, attention), torch.no_grad():
-        body(input_ids=ids.to(body.device), use_cache=False)
-    sums.count += ids.numel()
-
-
-def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tensor]]:
-    """kind -> (total, gram) of one layer and batch, float64."""
-    sums = {}
-    for kind in PLAIN:
-        x = getattr(activations, kind).double()  # [batch, heads, tokens, d_h]
-        if kind.startswith("queries"):
-            rows = x.transpose(0, 1).flatten(1, 2)  # [heads, batch * tokens, d_h]
-            sums[kind] = rows.sum(1).ravel(), rows.mT @ rows
-        else:
-            rows = _side_by_side(x)
-            sums[kind] = rows.sum(0), rows.T @ rows
-    if activations.attention is not None:
-        sums |= _attended_sums(activations)
-    return sums
-
-
-def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
-    """The two attention-weighted grams.
-
-    The error of one softmax row is the variance of its score errors under the row itself, since a shift common to
-    all scores changes nothing. Summed over the queries q of head j, with w_m = Σ_q A_j[q, m]:
-
-        Σ_q Cov_{A_j[q]}(k) = Σ_m w_m k_mᵀ k_m − (A_j K)ᵀ (A_j K)
-    """
-    weights = activations.attention.float()  # [batch, query heads, tokens, tokens]
-    heads = weights.shape[1]
-    keys, values = (
-        _wide(x) for x in (activations.keys_post, activations.values)
-    )  # [batch, tokens, kv heads * d_h]
-    keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
-    read = torch.zeros(2, keys.shape[-1], keys.shape[-1], dtype=torch.float64, device=keys.device)
-    for j in range(heads):  # one head at a time: [batch, query heads, tokens, kv heads * d_h] would be large
-        for n, x in enumerate((keys, values)):
-            rows = (weights[:, j].to(x.dtype) @ x).flatten(0, 1).double()  # [batch * tokens, kv heads * d_h]
-            read[n] += rows.T @ rows
-    received = (
-        weights.double().sum((1, 2)).ravel()
-    )  # w: [batch * tokens], what all heads and queries give a token
-    rows = keys.flatten(0, 1).double()
-    spread = rows.T @ (received[:, None] * rows) - read[0]
-    return {"keys_attended": (None, spread / heads), "values_attended": (None, read[1] / heads)}
-
-
-def _wide(x: Tensor) -> Tensor:
-    """[batch, heads, tokens, d_h] -> [batch, tokens, heads * d_h], in float32 at least."""
-    return x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """[batch, heads, tokens, d_h] -> [batch * tokens, heads * d_h]: a row per token, heads side by side."""
-    return x.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def _key_weight(module, llama: bool) -> Tensor:
-    """The weights that make one layer's keys, [kv heads * d_h, hidden]."""
-    if llama:
-        return module.k_proj.weight
-    fused = module.query_key_value.weight  # [heads * 3 * d_h, hidden]
-    return fused.unflatten(0, (module.num_heads, 3, module.head_dim))[:, 1]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvteach.activations import record
-from kvteach.moments import ATTENDED, PLAIN, Moments, Source, calibrate
+from kvteach.calibration import calibrate
+from kvteach.moments import ATTENDED, PLAIN, Moments, Source
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -249,7 +250,7 @@ def test_a_killed_run_goes_on(tmp_path):
     script = textwrap.dedent("""
         import sys, time
         import tiny
-        from kvteach.moments import calibrate
+        from kvteach.calibration import calibrate
         model = tiny.MODELS["llama-gqa"]()
         model.model.layers[0].register_forward_pre_hook(lambda *a: time.sleep(0.05))
         calibrate(model, tiny.ids(60, 6), path=sys.argv[1], progress=False)

@@ -1,0 +1,157 @@
+"""Calibration: text → moments. `calibrate` streams the sums of `kvteach.moments` through a model.
+
+No activation outlives its layer, no token outlives its batch. A run can be kept in a file while it grows, be
+stopped at any moment, and go on from there to the same bits.
+"""
+
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .activations import Activations, observe
+from .env import bars_off
+from .moments import PLAIN, Moments, Source
+
+
+def calibrate(
+    model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True
+) -> Moments:
+    """Stream the moments of `windows` through `model`.
+
+    Parameters
+    ----------
+    model : a LLaMA- or BLOOM-family model. Its language-model head is not run.
+    windows : `kvteach.text.Windows`, or token ids [windows, tokens] without padding.
+    batch : windows per forward pass.
+    attention : also sum the attention-weighted kinds, at two to three times the time.
+    path : a file that the moments are kept in while they grow. A run that was stopped goes on from its last saved
+        batch, with the same result to the last bit; a finished one is read. By default nothing is kept.
+    progress : show a bar.
+
+    Raises
+    ------
+    ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, or a
+        file at `path` that belongs to another model, text, batch size or choice of `attention`.
+    """
+    ids = getattr(windows, "ids", windows)
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise ValueError(
+            f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}"
+        )
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    source = Source.of(model)
+    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+    run = {"text": digest, "shape": list(ids.shape), "batch": batch}
+    moments, fresh, done = Moments.zeros(source, attention), Moments.zeros(source, attention), 0
+    if path is not None and Path(path).exists():
+        moments, done = _resume(path, moments, run)
+    batches, quiet = ids.split(batch), not progress or bars_off()
+    saved, cost, whole = time.monotonic(), 0.0, True
+    try:
+        for number in tqdm(
+            range(done, len(batches)), "calibrating", len(batches), initial=done, disable=quiet
+        ):
+            _sum_batch(model, batches[number], fresh, attention, number)
+            whole = False
+            moments.take(fresh)
+            whole, done = True, number + 1
+            # Saved so often that it takes a twentieth of the time; a run that is killed repeats a few batches.
+            if path is not None and time.monotonic() - saved > 20 * cost:
+                cost = -time.monotonic()
+                moments.save(path, done=done, **run)
+                saved = time.monotonic()
+                cost += saved
+    finally:  # Ctrl-C, NaN, end: keep all finished batches, unless the stop fell into the adding itself
+        if path is not None and whole and done:
+            moments.save(path, done=done, **run)
+    return moments
+
+
+def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
+    """The moments in `path` and how many batches they hold; ValueError when they are not of this run."""
+    moments, notes = Moments.read(path)
+    done = notes.pop("done", 0)
+    differs = "model" if not moments.source.matches(empty.source) else None
+    differs = differs or ("choice of attention" if moments.gram.keys() != empty.gram.keys() else None)
+    differs = differs or next((name for name in run if notes.get(name) != run[name]), None)
+    if differs:
+        raise ValueError(
+            f"{str(path)!r} holds moments of another {differs}: name another path, or delete that file to start anew"
+        )
+    return moments, done
+
+
+def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) -> None:
+    """Add one forward pass to `sums`, layer by layer, so that no layer's activations outlive it."""
+
+    def see(layer: int, activations: Activations) -> None:
+        for kind, (total, gram) in _layer_sums(activations).items():
+            # A NaN or infinity anywhere in x stands on the diagonal of xᵀx as well: d numbers to look at, not all.
+            if not torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all():
+                raise ValueError(
+                    f"layer {layer}, batch {number}: {kind} hold NaN or infinity; a model in float16 may overflow: "
+                    "load it with dtype='float32' or 'bfloat16', and check its weights"
+                )
+            sums.gram[kind][layer] += gram.cpu()
+            if total is not None:
+                sums.total[kind][layer] += total.cpu()
+
+    body, training = model.base_model, model.training
+    model.eval()  # no dropout
+    try:
+        with observe(model, see, attention), torch.no_grad():
+            body(input_ids=ids.to(body.device), use_cache=False)
+    finally:
+        model.train(training)
+    sums.count += ids.numel()
+
+
+def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """kind -> (total, gram) of one layer and batch, float64."""
+    sums = {}
+    for kind in PLAIN:
+        x = getattr(activations, kind).double()  # [batch, heads, tokens, d_h]
+        if kind.startswith("queries"):
+            rows = x.transpose(0, 1).flatten(1, 2)  # [heads, batch * tokens, d_h]
+            sums[kind] = rows.sum(1).ravel(), rows.mT @ rows
+        else:
+            rows = x.transpose(1, 2).flatten(0, 1).flatten(1)  # [batch * tokens, heads * d_h]
+            sums[kind] = rows.sum(0), rows.T @ rows
+    if activations.attention is not None:
+        sums |= _attended_sums(activations)
+    return sums
+
+
+def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
+    """The two attention-weighted grams.
+
+    The error of one softmax row is the variance of its score errors under the row itself, since a shift common to
+    all scores changes nothing. Summed over the queries q of head j, with w_m = Σ_q A_j[q, m]:
+
+        Σ_q Cov_{A_j[q]}(k) = Σ_m w_m k_mᵀ k_m − (A_j K)ᵀ (A_j K)
+    """
+    weights = activations.attention  # [batch, query heads, tokens, tokens]
+    heads = weights.shape[1]
+    # [batch, tokens, kv heads * d_h] both
+    keys, values = _wide(activations.keys_post), _wide(activations.values)
+    keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
+    read = torch.zeros(2, keys.shape[-1], keys.shape[-1], dtype=torch.float64, device=keys.device)
+    for j in range(heads):  # one head at a time: [batch, query heads, tokens, kv heads * d_h] would be large
+        for n, x in enumerate((keys, values)):
+            # [batch, tokens, tokens] · [batch, tokens, kv heads * d_h] -> [batch * tokens, kv heads * d_h]
+            rows = (weights[:, j].to(x.dtype) @ x).flatten(0, 1).double()
+            read[n] += rows.T @ rows
+    received = weights.double().sum((1, 2)).ravel()  # w, summed over heads: [batch * tokens]
+    rows = keys.flatten(0, 1).double()
+    spread = rows.T @ (received[:, None] * rows) - read[0]
+    return {"keys_attended": (None, spread / heads), "values_attended": (None, read[1] / heads)}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, d_h] -> [batch, tokens, heads * d_h], in float32 at least."""
+    return x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
