@@ -13,6 +13,7 @@ module           what it holds                                                  
 ``activations``  keys, values and queries of a forward pass                            2
 ``moments``      their sums over a text: count, mean, second moments                   2
 ``calibration``  the run that streams those sums through a model                       2
+``bases``        what to keep of a group of heads, one method a file                   4
 ``zoo``          models by name, folder or hub id
 ``text``         calibration and evaluation windows
 ``figures``      one look for every plot
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _MODULES = (
     "activations",
+    "bases",
     "calibration",
     "checks",
     "cost",

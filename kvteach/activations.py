@@ -98,10 +98,22 @@ def attention_modules(model) -> list[nn.Module]:
 
 def key_weight(module: nn.Module) -> Tensor:
     """The weights that make one attention module's keys: [kv heads * d_h, hidden], or [heads, d_h, hidden]."""
-    if hasattr(module, "k_proj"):
-        return module.k_proj.weight
-    fused = module.query_key_value.weight  # [heads * 3 * d_h, hidden]
-    return fused.unflatten(0, (module.num_heads, 3, module.head_dim))[:, 1]
+    return module.k_proj.weight if hasattr(module, "k_proj") else _fused(module)[:, 1]
+
+
+def value_weight(module: nn.Module) -> Tensor:
+    """The weights that make one attention module's values, shaped as those of the keys."""
+    return module.v_proj.weight if hasattr(module, "v_proj") else _fused(module)[:, 2]
+
+
+def output_weight(module: nn.Module) -> Tensor:
+    """The weights that read what attention hands on: [hidden, query heads * d_h]."""
+    return (module.o_proj if hasattr(module, "o_proj") else module.dense).weight
+
+
+def _fused(module: nn.Module) -> Tensor:
+    """BLOOM's fused weights, [heads * 3 * d_h, hidden] -> [heads, 3, d_h, hidden], a view: queries, keys, values."""
+    return module.query_key_value.weight.unflatten(0, (module.num_heads, 3, module.head_dim))
 
 
 def _watch_llama(layer: int, module: nn.Module, see, attention: bool) -> Iterator:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import Activations, observe
+from .activations import Activations, attention_modules, key_weight, observe, output_weight, value_weight
 from .env import bars_off
 from .moments import PLAIN, Moments, Source
 
@@ -50,6 +50,7 @@ def calibrate(
     moments, fresh, done = Moments.zeros(source, attention), Moments.zeros(source, attention), 0
     if path is not None and Path(path).exists():
         moments, done = _resume(path, moments, run)
+    moments.weight = moments.weight or _weights(model)
     batches, quiet = ids.split(batch), not progress or bars_off()
     saved, cost, whole = time.monotonic(), 0.0, True
     try:
@@ -84,6 +85,19 @@ def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
             f"{str(path)!r} holds moments of another {differs}: name another path, or delete that file to start anew"
         )
     return moments, done
+
+
+def _weights(model) -> dict[str, Tensor]:
+    """The kinds of `kvteach.moments.WEIGHTS`. nn.Linear keeps [out, in], so its rows make the columns of x W."""
+    found = {"keys_weight": [], "values_weight": [], "outputs_weight": []}
+    for module in attention_modules(model):
+        for kind, weight in (("keys_weight", key_weight), ("values_weight", value_weight)):
+            rows = weight(module).detach().double().flatten(0, -2)  # [kv heads * d_h, hidden]
+            found[kind].append((rows @ rows.T).cpu())
+        # [hidden, heads * d_h] -> [heads, hidden, d_h], the transposes of W_O^j
+        each = output_weight(module).detach().double().unflatten(1, (-1, module.head_dim)).transpose(0, 1)
+        found["outputs_weight"].append((each.mT @ each).cpu())
+    return {kind: torch.stack(layers) for kind, layers in found.items()}
 
 
 def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) -> None:

@@ -21,6 +21,16 @@ kind                    gram per layer             what it is
 ``values_attended``     [d, d]                     what attention hands on: (A V)ᵀ(A V), averaged over query heads
 ======================  =========================  ====================================================================
 
+Beside them lie three products of the model's own weights, which no text changes and no sum adds up. With a row of
+activations on the left, k = x W_K, v = x W_V, and query head j adds o_j W_O^j to the output:
+
+======================  =========================  ====================================================================
+``keys_weight``         [d, d]                     W_Kᵀ W_K: the second moment that keys would have if all inputs were
+                                                   equally likely; biases are left out
+``values_weight``       [d, d]                     W_Vᵀ W_V
+``outputs_weight``      [heads, d_h, d_h]          W_O^j W_O^jᵀ: how much the output feels an error of head j's values
+======================  =========================  ====================================================================
+
 Float64 is not a luxury: a float32 Gram matrix loses every direction whose energy is below 1e-7 of the largest.
 """
 
@@ -33,11 +43,12 @@ import torch
 from torch import Tensor
 
 from .activations import attention_modules, key_weight
-from .zoo import check_family
+from .zoo import FAMILIES, check_family
 
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
 ATTENDED = ("keys_attended", "values_attended")
-FORMAT = 1
+WEIGHTS = ("keys_weight", "values_weight", "outputs_weight")
+FORMAT = 2  # 1 had no weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class Source:
             float(torch.stack(norms).norm()),
         )
 
+    @property
+    def rotates(self) -> bool:
+        """True where RoPE turns queries and keys: in pairs of numbers (f, f + d_h/2), by position × frequency f."""
+        return FAMILIES[self.model_type] == "llama"
+
     def matches(self, other: "Source") -> bool:
         """True for the same model; rounding the weights to half precision moves `key_norm` by less than 1e-3."""
         shape = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
@@ -82,10 +98,19 @@ class Moments:
     count : tokens summed.
     total : kind -> [layers, width], for the kinds of `PLAIN`.
     gram : kind -> [layers, width, width], or [layers, query heads, d_h, d_h] for queries.
+    weight : the same shapes for the kinds of `WEIGHTS`, filled by `kvteach.calibration.calibrate`, else empty.
     """
 
-    def __init__(self, source: Source, count: int, total: dict[str, Tensor], gram: dict[str, Tensor]):
+    def __init__(
+        self,
+        source: Source,
+        count: int,
+        total: dict[str, Tensor],
+        gram: dict[str, Tensor],
+        weight: dict[str, Tensor] | None = None,
+    ):
         self.source, self.count, self.total, self.gram = source, count, total, gram
+        self.weight = weight or {}
 
     @classmethod
     def zeros(cls, source: Source, attention: bool = False) -> "Moments":
@@ -111,7 +136,7 @@ class Moments:
             raise ValueError(f"only one of the two moments holds {', '.join(missing)}: calibrate both alike")
         total = {kind: self.total[kind] + other.total[kind] for kind in self.total}
         gram = {kind: self.gram[kind] + other.gram[kind] for kind in self.gram}
-        return Moments(self.source, self.count + other.count, total, gram)
+        return Moments(self.source, self.count + other.count, total, gram, self.weight or other.weight)
 
     def take(self, batch: "Moments") -> None:
         """Add `batch` in place and empty it: the sums of a large model need not be in memory three times."""
@@ -128,12 +153,31 @@ class Moments:
         shape = f"{of.layers} layers of {of.kv_heads} key-value heads × {of.head_dim}"
         return f"Moments of {self.count} tokens, {of.model_type}, {shape}:\n  {', '.join(self.gram)}"
 
+    def per_token(self, kind: str, layer: int) -> Tensor:
+        """Second moment per token of a whole layer, float64 [d, d] or [query heads, d_h, d_h]; errors as for `matrix`.
+
+        The kinds of `WEIGHTS` belong to the model, not to a text, and are handed out as they are.
+        """
+        held = self.gram | self.weight
+        if kind not in held:
+            hint = "; calibrate with attention=True for it" if kind in ATTENDED else ""
+            raise ValueError(f"no moments of {kind!r}, only of {', '.join(held)}{hint}")
+        if not 0 <= layer < self.source.layers:
+            raise IndexError(
+                f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}"
+            )
+        if kind in self.weight:
+            return self.weight[kind][layer]
+        if not self.count:
+            raise ValueError("these moments have seen no token")
+        return self.gram[kind][layer] / self.count
+
     def matrix(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
         """Second moment per token of one layer, E[xᵀx], or its covariance.
 
         Parameters
         ----------
-        kind : a key of `gram`.
+        kind : a key of `gram` or `weight`.
         layer : 0 … layers − 1.
         heads : which heads, side by side: an int, a sequence of ints, or None for all of the layer.
         centred : subtract the outer product of the mean. Attended moments of keys are centred by themselves.
@@ -147,33 +191,24 @@ class Moments:
         ValueError : an unknown kind, no tokens, or centring where it means nothing.
         IndexError : a layer or head that the model does not have.
         """
-        if kind not in self.gram:
-            held = ", ".join(self.gram)
-            hint = "; calibrate with attention=True for it" if kind in ATTENDED else ""
-            raise ValueError(f"no moments of {kind!r}, only of {held}{hint}")
-        if not self.count:
-            raise ValueError("these moments have seen no token")
+        whole = self.per_token(kind, layer)
         if centred and kind not in self.total:
-            raise ValueError(f"{kind} cannot be centred: its rows are averages under attention")
-        if not 0 <= layer < self.source.layers:
-            raise IndexError(
-                f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}"
-            )
-        queries = kind.startswith("queries")
-        available = self.source.query_heads if queries else self.source.kv_heads
+            raise ValueError(f"{kind} cannot be centred: no mean belongs to it")
+        apart = whole.ndim == 3  # heads that were never multiplied with one another
+        available = self.source.query_heads if apart else self.source.kv_heads
         chosen = range(available) if heads is None else [heads] if isinstance(heads, int) else list(heads)
         if bad := [head for head in chosen if not 0 <= head < available]:
             raise IndexError(f"head {bad[0]} does not exist: {kind} have heads 0 to {available - 1}")
         d = self.source.head_dim
-        if queries:  # heads were never multiplied with one another: their blocks stand on the diagonal
-            found = torch.block_diag(*(self.gram[kind][layer, head] for head in chosen)) / self.count
+        if apart:  # their blocks stand on the diagonal
+            found = torch.block_diag(*(whole[head] for head in chosen))
         else:
             columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in chosen])
-            found = self.gram[kind][layer][columns][:, columns] / self.count
+            found = whole[columns][:, columns]
         if centred:
             mean = self.mean(kind, layer)[list(chosen)]  # [n, d_h]
             outer = (
-                torch.block_diag(*(m.outer(m) for m in mean)) if queries else mean.ravel().outer(mean.ravel())
+                torch.block_diag(*(m.outer(m) for m in mean)) if apart else mean.ravel().outer(mean.ravel())
             )
             found = found - outer
         return found
@@ -201,6 +236,7 @@ class Moments:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"total.{kind}": tensor for kind, tensor in self.total.items()}
         tensors |= {f"gram.{kind}": tensor for kind, tensor in self.gram.items()}
+        tensors |= {f"weight.{kind}": tensor for kind, tensor in self.weight.items()}
         about = {"format": FORMAT, "source": vars(self.source), "count": self.count, "notes": notes}
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
@@ -227,9 +263,14 @@ class Moments:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file ({error})") from error
+        if about.get("format") == 1:
+            raise ValueError(
+                f"{str(path)!r} holds moments of format 1, which had no weights; this version reads format {FORMAT}: "
+                "delete it and calibrate again"
+            )
         if about.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} holds no moments of format {FORMAT}")
-        parts = {"total": {}, "gram": {}}
+        parts = {"total": {}, "gram": {}, "weight": {}}
         for name, tensor in tensors.items():
             part, kind = name.split(".")
             parts[part][kind] = tensor
@@ -256,4 +297,4 @@ class Moments:
         count = int(summed(torch.tensor(self.count)))
         total = {kind: summed(self.total[kind]) for kind in sorted(self.total)}
         gram = {kind: summed(self.gram[kind]) for kind in sorted(self.gram)}
-        return Moments(self.source, count, total, gram)
+        return Moments(self.source, count, total, gram, self.weight)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvteach.activations import record
+from kvteach.activations import attention_modules, record
 from kvteach.calibration import calibrate
-from kvteach.moments import ATTENDED, PLAIN, Moments, Source
+from kvteach.moments import ATTENDED, PLAIN, WEIGHTS, Moments, Source
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -32,8 +32,8 @@ def same(a: Moments, b: Moments) -> bool:
     """Equal to the last bit."""
     return a.count == b.count and all(
         torch.equal(mine[kind], other[kind])
-        for mine, other in ((a.gram, b.gram), (a.total, b.total))
-        for kind in mine
+        for mine, other in ((a.gram, b.gram), (a.total, b.total), (a.weight, b.weight))
+        for kind in mine.keys() | other.keys()
     )
 
 
@@ -91,6 +91,36 @@ def test_keys_shifted_alike_leave_the_attended_covariance():
     after = calibrate(model, tiny.ids(), attention=True, progress=False)
     assert not torch.allclose(before.gram["keys_post"][0], after.gram["keys_post"][0])
     assert torch.allclose(before.gram["keys_attended"][0], after.gram["keys_attended"][0], atol=1e-6)
+
+
+def test_weights_by_what_the_projections_do(model):
+    """A unit vector for every input sums to W_Kᵀ W_K; the output's change for a change of head j's values is W_O^j."""
+    moments, config = calibrate(model, tiny.ids(), progress=False), model.config
+    white, width = torch.eye(config.hidden_size, dtype=torch.float64), moments.source.head_dim
+    with torch.no_grad():
+        for layer, module in enumerate(attention_modules(model)):
+            if config.model_type == "bloom":
+                fused, output = module.query_key_value, module.dense
+                made = (fused(white) - fused.bias).unflatten(1, (4, 3, 16))
+                keys, values = made[:, :, 1].flatten(1), made[:, :, 2].flatten(1)
+            else:
+                keys, values = (p(white) - p(0 * white) for p in (module.k_proj, module.v_proj))
+                output = module.o_proj
+            assert torch.allclose(moments.matrix("keys_weight", layer), keys.T @ keys)
+            assert torch.allclose(moments.matrix("values_weight", layer), values.T @ values)
+            for j in range(config.num_attention_heads):
+                change = torch.zeros(width, config.num_attention_heads, width, dtype=torch.float64)
+                change[:, j] = torch.eye(width)
+                felt = output(change.flatten(1)) - output(0 * change.flatten(1))
+                assert torch.allclose(moments.matrix("outputs_weight", layer, j), felt @ felt.T)
+
+
+def test_weights_are_not_summed():
+    model = tiny.MODELS["llama-gqa"]()
+    one, two = (calibrate(model, tiny.ids(seed=seed), progress=False) for seed in (1, 2))
+    for kind in WEIGHTS:
+        assert torch.equal((one + two).weight[kind], one.weight[kind])
+        assert torch.equal((Moments.zeros(one.source) + two).weight[kind], one.weight[kind])
 
 
 def test_batch_size_and_order_do_not_matter(model):
@@ -206,6 +236,7 @@ def test_save_and_load(tmp_path):
     assert same(moments, again)
     assert again.source == moments.source
     assert set(again.gram) == set(PLAIN + ATTENDED)
+    assert set(again.weight) == set(WEIGHTS)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
 
 
@@ -219,8 +250,11 @@ def test_load_refuses_what_is_not_moments(tmp_path):
     with pytest.raises(ValueError, match="damaged or no safetensors file"):
         Moments.load(junk)
     save_file({"x": torch.ones(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="no moments of format 1"):
+    with pytest.raises(ValueError, match="no moments of format 2"):
         Moments.load(tmp_path / "other")
+    save_file({"x": torch.ones(1)}, tmp_path / "old", {"kvteach.moments": '{"format": 1}'})
+    with pytest.raises(ValueError, match=r"format 1, which had no weights.*delete it and calibrate again"):
+        Moments.load(tmp_path / "old")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -296,6 +330,7 @@ def test_two_processes_have_the_moments_of_one(tmp_path):
     torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
     first, second = (Moments.load(tmp_path / name) for name in "01")
     assert same(first, second)
+    assert set(first.weight) == set(WEIGHTS)
     assert close(first, calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(5, 6), progress=False))
 
 

@@ -1,0 +1,58 @@
+"""Bases: what to keep of a group of heads. One method a file, each a pure function of `kvteach.moments.Moments`.
+
+=======================  ==================================================  ===========  ==========================
+name                     keeps                                               ranks        keys pass through RoPE
+=======================  ==================================================  ===========  ==========================
+``mean-pool``            the mean of the heads                               d_h          yes
+``procrustes``           the mean of the heads, turned to one another        d_h          yes
+``weight-svd``           the largest directions of the weights               any          no
+``activation-svd``       the largest directions of the activations           any          no
+``score-weighted``       what queries and the output projection read         any          no
+``attention-weighted``   the same, tokens counted as often as they are read  any          no
+``commuting``            ``score-weighted``, each frequency apart            even         yes
+``commuting-attended``   ``attention-weighted``, each frequency apart        even         yes
+``commuting-stock``      the same, one direction a frequency                 keys: d_h    yes, as an ordinary head
+=======================  ==================================================  ===========  ==========================
+
+All have one signature, ``method(moments, layer, heads, key_rank, value_rank, centred=False) -> Basis``, where `heads`
+are the key-value heads that are cached together::
+
+    basis = METHODS["activation-svd"](moments, layer=0, heads=[0, 1, 2], key_rank=96, value_rank=96)
+    cached = keys @ basis.keys.encode        # [tokens, 3 · d_h] -> [tokens, 96]
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from . import (
+    activation_svd,
+    attention_weighted,
+    commuting,
+    mean_pool,
+    procrustes,
+    score_weighted,
+    weight_svd,
+)
+from .basis import Basis, Projection
+
+METHODS: dict[str, Callable[..., Basis]] = {
+    "mean-pool": mean_pool.mean_pool,
+    "procrustes": procrustes.procrustes,
+    "weight-svd": weight_svd.weight_svd,
+    "activation-svd": activation_svd.activation_svd,
+    "score-weighted": score_weighted.score_weighted,
+    "attention-weighted": attention_weighted.attention_weighted,
+    "commuting": commuting.commuting,
+    "commuting-attended": partial(commuting.commuting, attended=True),
+    "commuting-stock": partial(commuting.commuting, attended=True, stock=True),
+}
+
+
+def method(name: str) -> Callable[..., Basis]:
+    """The method of that name; LookupError names the legal ones."""
+    if name not in METHODS:
+        raise LookupError(f"no basis {name!r}; it is one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Basis", "Projection", "method"]
