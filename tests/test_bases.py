@@ -2,7 +2,6 @@
 
 import doctest
 from functools import cache
-from itertools import pairwise
 
 import pytest
 import tiny
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from kvteach import bases
 from kvteach.activations import record
 from kvteach.bases import METHODS, basis, method, optimal, pairs, procrustes
 from kvteach.calibration import calibrate
@@ -393,7 +393,7 @@ def test_no_other_split_of_ranks_over_frequencies_does_better(name, seed, half):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.floats(1e-3, 1), st.booleans())
+@given(seeds, st.floats(1e-4, 1), st.booleans())
 def test_no_turn_of_one_head_and_no_mix_of_heads_does_better(seed, size, complex):
     """Procrustes: any turn of any head; two heads: any turn of both. Pooling: any other encoder for its decoder."""
     for n in (2, 3):
@@ -510,9 +510,11 @@ def test_rank_left_over_goes_to_the_plain_error(seed, seen, rank):
     assert int((values > 0).sum()) == felt
     if rank >= felt:
         assert objective(gram, weights, encode[:, :rank], decode[:rank]) <= 1e-9 * float(values.sum())
-    whole = [float(basis.lost(gram, encode[:, :r], decode[:r])) for r in range(felt, 7)]
-    assert all(more <= less * (1 + 1e-9) + 1e-9 for less, more in pairwise(whole))
-    assert whole[-1] <= 1e-9 * float(gram.trace())
+    rest = torch.eye(6, dtype=gram.dtype) - encode[:, :felt] @ decode[:felt]
+    tail = torch.linalg.eigvalsh(rest.T @ gram @ rest).flip(0)  # principal components of what was left
+    for r in range(felt, 7):
+        plain = basis.lost(gram, encode[:, :r], decode[:r])
+        assert plain == pytest.approx(float(tail[r - felt :].sum()), abs=1e-9 * float(tail.sum()))
 
 
 # -- bad input ----------------------------------------------------------------------------------------------
@@ -575,8 +577,7 @@ def test_other_mistakes_are_named():
 
 
 def test_docstrings():
-    for module in (optimal, pairs, procrustes, basis):
-        environment = {"torch": torch} | vars(module)
-        result = doctest.testmod(module, extraglobs=environment)
+    for module in (bases, optimal, pairs, procrustes, basis):
+        result = doctest.testmod(module)
         assert result.attempted
         assert not result.failed

@@ -15,10 +15,21 @@ name                     keeps                                               ran
 =======================  ==================================================  ===========  ==========================
 
 All have one signature, ``method(moments, layer, heads, key_rank, value_rank, centred=False) -> Basis``, where `heads`
-are the key-value heads that are cached together::
+are the key-value heads that are cached together. Two heads of one number each, cached as one number:
 
-    basis = METHODS["activation-svd"](moments, layer=0, heads=[0, 1, 2], key_rank=96, value_rank=96)
-    cached = keys @ basis.keys.encode        # [tokens, 3 · d_h] -> [tokens, 96]
+>>> import torch
+>>> from kvteach.moments import Moments, Source
+>>> keys = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]])  # [tokens, 2 heads · 1]
+>>> gram = {"keys_post": (keys.T @ keys)[None], "values": torch.eye(2)[None]}  # [layers, 2, 2]
+>>> source = Source("bloom", layers=1, query_heads=2, kv_heads=2, head_dim=1, key_norm=1.0)
+>>> moments = Moments(source, count=3, total={}, gram=gram)
+>>> basis = METHODS["activation-svd"](moments, layer=0, heads=[0, 1], key_rank=1, value_rank=1)
+>>> keys @ basis.keys.encode @ basis.keys.decode
+tensor([[3., 0.],
+        [0., 0.],
+        [3., 0.]])
+>>> round(basis.keys.error, 3)  # E‖x − x̂‖²: a third of 1²
+0.333
 """
 
 from collections.abc import Callable

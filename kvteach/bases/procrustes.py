@@ -68,15 +68,15 @@ def align(gram: Tensor, n: int, sweeps: int = 200) -> Tensor:
     turns = _polar(torch.linalg.eigh(gram).eigenvectors[..., -m:].unflatten(-2, (n, m)))
     before = torch.full(gram.shape[:-2], -torch.inf, dtype=gram.real.dtype)
     for _ in range(sweeps):
-        gained = torch.zeros_like(before)
         for i in range(n):
             # Σ_{j≠i} G_ij R_j: [..., m, n, m] · [..., n, m, m] -> [..., m, m]
             target = torch.einsum("...pjq,...jqr->...pr", blocks[..., i, :, :, :], turns)
             turns[..., i, :, :] = _polar(target)
-            gained += (turns[..., i, :, :].mH @ target).diagonal(dim1=-2, dim2=-1).sum(-1).real
-        if (gained <= before * (1 + torch.finfo(before.dtype).eps)).all():
+        together = torch.einsum("...ipjq,...jqr->...ipr", blocks, turns)  # [..., n, m, m]
+        agreement = (turns.conj() * together).sum((-3, -2, -1)).real
+        if (agreement - before <= torch.finfo(before.dtype).eps * agreement.abs()).all():
             break
-        before = gained
+        before = agreement
     return turns @ turns[..., :1, :, :].mH
 
 
