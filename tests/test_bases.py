@@ -512,6 +512,7 @@ def test_rank_left_over_goes_to_the_plain_error(seed, seen, rank):
         assert objective(gram, weights, encode[:, :rank], decode[:rank]) <= 1e-9 * float(values.sum())
     rest = torch.eye(6, dtype=gram.dtype) - encode[:, :felt] @ decode[:felt]
     tail = torch.linalg.eigvalsh(rest.T @ gram @ rest).flip(0)  # principal components of what was left
+    assert torch.allclose(encode.norm(dim=0), torch.ones(6, dtype=gram.dtype))
     for r in range(felt, 7):
         plain = basis.lost(gram, encode[:, :r], decode[:r])
         assert plain == pytest.approx(float(tail[r - felt :].sum()), abs=1e-9 * float(tail.sum()))

@@ -48,14 +48,14 @@ def directions(gram: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Ten
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     felt = int((values > _floor(values)).sum())
     encode, decode = root @ vectors[:, :felt], vectors[:, :felt].mH @ inverse  # [d, felt], [felt, d]
-    length = encode.norm(dim=0)
-    encode, decode = encode / length, decode * length[:, None]
     # What is left of x, x (I − E D), is orthogonal to E: its plain principal components fill the basis up.
     unseen = torch.linalg.qr(encode, mode="complete").Q[:, felt:]  # [d, d − felt]
     rest = unseen - encode @ (decode @ unseen)
     _, plain, _ = directions(rest.mH @ gram @ rest)
     values[felt:] = 0
-    return values, torch.cat([encode, rest @ plain], 1), torch.cat([decode, (unseen @ plain).mH])
+    encode, decode = torch.cat([encode, rest @ plain], 1), torch.cat([decode, (unseen @ plain).mH])
+    length = encode.norm(dim=0)
+    return values, encode / length, decode * length[:, None]
 
 
 def best_projection(
