@@ -80,8 +80,9 @@ def shares(claim: str, names, parts: dict, unit: str):
     for row, label in enumerate(parts):
         axes.barh(list(names), widths[row], left=widths[:row].sum(0), color=COLOURS[4 + row], label=label)
     for bar, column in enumerate(amounts.T):
-        axes.text(1.02, bar, " + ".join(f"{amount:.2f}" for amount in column), va="center")
-    axes.text(1.02, -0.05, unit, va="top", transform=axes.transAxes)
+        sums = " + ".join(f"{amount:6.2f}" for amount in column)
+        axes.text(1.01, bar, sums, va="center", family="monospace", fontsize=10)
+    axes.text(1.06, -0.05, unit, va="top", transform=axes.transAxes)
     axes.set(xlim=(0, 1))
     axes.grid(False)
     axes.invert_yaxis()
