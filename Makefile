@@ -9,7 +9,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python
 
 # What a page is made from; and what all pages are made with, after a change of which none can be kept.
 PAGES := $(wildcard CHANGELOG.md) $(shell find book -type f -not -name '.*' -not -path '*/.*' -not -path '*/__pycache__/*')
-FRAME := _config.yml _toc.yml constraints.txt $(wildcard book/_ext/* book/_tools/vendor.json)
+FRAME := _config.yml _toc.yml constraints.txt $(wildcard book/_ext/*.py book/_static/*.* book/_tools/vendor.json)
 BUILT := _build/built
 
 .DEFAULT_GOAL := help

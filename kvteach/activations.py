@@ -42,6 +42,8 @@ class Activations:
 def observe(model, see: Callable[[int, Activations], None], attention: bool = False) -> Iterator[None]:
     """Within this context every forward pass of `model` calls ``see(layer, activations)`` after each layer's attention.
 
+    Keys and values of tokens that a cache already holds are not seen again.
+
     Parameters
     ----------
     model : a LLaMA- or BLOOM-family model (`kvteach.zoo.FAMILIES`), with or without its language-model head.
@@ -51,7 +53,7 @@ def observe(model, see: Callable[[int, Activations], None], attention: bool = Fa
 
     Raises
     ------
-    ValueError : another architecture, or (at the forward pass) a model that was called with a filled cache.
+    ValueError : another architecture; with `attention`, at the forward pass, a model called with a filled cache.
     """
     family = check_family(model.config)
     watch = _watch_llama if family == "llama" else _watch_bloom
@@ -81,11 +83,24 @@ def record(
     One `Activations` per layer.
     """
     kept = []
-    with observe(model, lambda layer, activations: kept.append(activations), attention), torch.no_grad():
+    with observe(model, lambda layer, activations: kept.append(activations), attention), quiet(model):
         model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         )  # no head: no logits
     return kept
+
+
+@contextmanager
+def quiet(model) -> Iterator[None]:
+    """No gradients and no dropout within; every module's own mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def attention_modules(model) -> list[nn.Module]:

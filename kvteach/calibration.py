@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import Activations, attention_modules, key_weight, observe, output_weight, value_weight
+from .activations import (
+    Activations,
+    attention_modules,
+    key_weight,
+    observe,
+    output_weight,
+    quiet,
+    value_weight,
+)
 from .env import bars_off
 from .moments import PLAIN, Moments, Source
 
@@ -37,25 +45,25 @@ def calibrate(
     ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, or a
         file at `path` that belongs to another model, text, batch size or choice of `attention`.
     """
-    ids = getattr(windows, "ids", windows)
-    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+    ids = torch.as_tensor(getattr(windows, "ids", windows))
+    if ids.ndim != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}"
         )
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     source = Source.of(model)
-    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(ids.long().cpu().numpy().tobytes()).hexdigest()
     run = {"text": digest, "shape": list(ids.shape), "batch": batch}
     moments, fresh, done = Moments.zeros(source, attention), Moments.zeros(source, attention), 0
     if path is not None and Path(path).exists():
         moments, done = _resume(path, moments, run)
     moments.weight = moments.weight or _weights(model)
-    batches, quiet = ids.split(batch), not progress or bars_off()
+    batches, no_bar = ids.split(batch), not progress or bars_off()
     saved, cost, whole = time.monotonic(), 0.0, True
     try:
         for number in tqdm(
-            range(done, len(batches)), "calibrating", len(batches), initial=done, disable=quiet
+            range(done, len(batches)), "calibrating", len(batches), initial=done, disable=no_bar
         ):
             _sum_batch(model, batches[number], fresh, attention, number)
             whole = False
@@ -77,7 +85,7 @@ def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
     """The moments in `path` and how many batches they hold; ValueError when they are not of this run."""
     moments, notes = Moments.read(path)
     done = notes.pop("done", 0)
-    differs = "model" if not moments.source.matches(empty.source) else None
+    differs = "model" if moments.source != empty.source else None
     differs = differs or ("choice of attention" if moments.gram.keys() != empty.gram.keys() else None)
     differs = differs or next((name for name in run if notes.get(name) != run[name]), None)
     if differs:
@@ -115,13 +123,9 @@ def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) 
             if total is not None:
                 sums.total[kind][layer] += total.cpu()
 
-    body, training = model.base_model, model.training
-    model.eval()  # no dropout
-    try:
-        with observe(model, see, attention), torch.no_grad():
-            body(input_ids=ids.to(body.device), use_cache=False)
-    finally:
-        model.train(training)
+    body = model.base_model
+    with observe(model, see, attention), quiet(model):
+        body(input_ids=ids.to(body.device), use_cache=False)
     sums.count += ids.numel()
 
 

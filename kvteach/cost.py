@@ -18,6 +18,7 @@ bytes in every form. The forms differ in where the basis Ψ lives:
 
 import operator
 from dataclasses import dataclass, replace
+from numbers import Real
 
 _FAMILIES = ("llama", "mistral", "qwen2", "bloom")
 _SIZES = ("layers", "hidden", "query_heads", "kv_heads", "head_dim", "intermediate", "vocab")
@@ -53,7 +54,8 @@ class Shape:
     def __post_init__(self):
         """Refuse numbers that no model has."""
         for name in _SIZES:
-            _whole(getattr(self, name), name, 1)
+            # as Python's own integers: NumPy's would overflow silently
+            object.__setattr__(self, name, _whole(getattr(self, name), name, 1))
         if self.query_heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads is {self.kv_heads}; it should divide query_heads ({self.query_heads}): "
@@ -240,7 +242,7 @@ def _whole(value, name: str, low: int) -> int:
 
 
 def _width(value, name: str = "bytes_per_number"):
-    if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+    if not (isinstance(value, Real) and 0 < value < float("inf")):
         raise ValueError(
             f"{name} is {value!r}; it should be above 0, as 4 for fp32, 2 for fp16, 0.5 for 4 bits"
         )

@@ -41,7 +41,7 @@ STYLE = {
 
 
 def new(claim: str, x: str = "", y: str = "", panels: int = 1, size: tuple[float, float] | None = None):
-    """A figure in the book's look.
+    """A figure in the book's look, which plots made after it share.
 
     Parameters
     ----------
@@ -54,21 +54,20 @@ def new(claim: str, x: str = "", y: str = "", panels: int = 1, size: tuple[float
     -------
     (figure, axes) for one panel, (figure, array of axes) for more.
     """
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=size or (7, 3.6), sharey=True, squeeze=False)
-        if panels == 1:
-            axes[0, 0].set_title(claim)  # here, because its place and weight are read when it is set
+    plt.rcParams.update(STYLE)  # to stay: Matplotlib reads a default when an artist is made, which is later
+    figure, axes = plt.subplots(1, panels, figsize=size or (7, 3.6), sharey=True, squeeze=False)
     for axis in axes[0]:
         axis.set_xlabel(x)
     axes[0, 0].set_ylabel(y)
     if panels == 1:
+        axes[0, 0].set_title(claim)
         return figure, axes[0, 0]
     figure.suptitle(claim, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"], fontweight="bold")
     return figure, axes[0]
 
 
 def shares(claim: str, names, parts: dict, unit: str):
-    """One bar of length 1 for each name, cut into parts, with the amount of each part written in it.
+    """One bar of length 1 for each name, cut into parts, with the amounts of its parts written behind it.
 
     Parameters
     ----------
@@ -77,13 +76,13 @@ def shares(claim: str, names, parts: dict, unit: str):
     """
     amounts = np.array(list(parts.values()), dtype=float)
     widths = amounts / amounts.sum(0)
-    figure, axes = new(claim, x=f"share of the sum (in the bars: {unit})")
+    figure, axes = new(claim, x="share of the sum")
     for row, label in enumerate(parts):
-        left = widths[:row].sum(0)
-        bars = axes.barh(list(names), widths[row], left=left, color=COLOURS[4 + row], label=label)
-        wide = widths[row] > 0.08  # else the number would not fit
-        texts = [f"{amount:.1f}" if fits else "" for amount, fits in zip(amounts[row], wide, strict=True)]
-        axes.bar_label(bars, texts, label_type="center")
+        axes.barh(list(names), widths[row], left=widths[:row].sum(0), color=COLOURS[4 + row], label=label)
+    for bar, column in enumerate(amounts.T):
+        sums = " + ".join(f"{amount:6.2f}" for amount in column)
+        axes.text(1.01, bar, sums, va="center", family="monospace", fontsize=10)
+    axes.text(1.06, -0.05, unit, va="top", transform=axes.transAxes)
     axes.set(xlim=(0, 1))
     axes.grid(False)
     axes.invert_yaxis()

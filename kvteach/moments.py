@@ -34,15 +34,17 @@ activations on the left, k = x W_K, v = x W_V, and query head j adds o_j W_O^j t
 Float64 is not a luxury: a float32 Gram matrix loses every direction whose energy is below 1e-7 of the largest.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .activations import attention_modules, key_weight
+from .activations import attention_modules
 from .zoo import FAMILIES, check_family
 
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
@@ -53,40 +55,41 @@ FORMAT = 2  # 1 had no weights
 
 @dataclass(frozen=True)
 class Source:
-    """The model that moments belong to; moments of two models are never mixed."""
+    """The model that moments belong to. Moments of two models are never mixed."""
 
     model_type: str
     layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
-    key_norm: float  # Frobenius norm of all key projections: tells models of one shape apart, in any dtype
+    weights: (
+        str  # sha256 of every weight and buffer (RoPE's frequencies among them), bit for bit, in its dtype
+    )
 
     @classmethod
     def of(cls, model) -> "Source":
-        """The identity of a transformers model."""
+        """The identity of a transformers model; reads all its weights once (a second for half a gigabyte).
+
+        Raises ValueError when accelerate keeps weights elsewhere, on the CPU or on disk.
+        """
         config, modules = model.config, attention_modules(model)
-        llama = check_family(config) == "llama"
-        norms = [key_weight(module).detach().double().norm().cpu() for module in modules]
-        return cls(
-            config.model_type,
-            len(modules),
-            config.num_attention_heads,
-            config.num_key_value_heads if llama else config.num_attention_heads,
-            modules[0].head_dim,
-            float(torch.stack(norms).norm()),
-        )
+        family, digest = check_family(config), hashlib.sha256()
+        body = model.base_model  # with or without a language-model head, the activations are the same
+        for name, tensor in chain(body.named_parameters(), body.named_buffers()):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"the weight {name} is offloaded: load the model without offloading it to CPU or disk"
+                )
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        kv_heads = config.num_attention_heads if family == "bloom" else config.num_key_value_heads
+        shape = (len(modules), config.num_attention_heads, kv_heads, modules[0].head_dim)
+        return cls(config.model_type, *shape, digest.hexdigest())
 
     @property
     def rotates(self) -> bool:
         """True where RoPE turns queries and keys: in pairs of numbers (f, f + d_h/2), by position × frequency f."""
         return FAMILIES[self.model_type] == "llama"
-
-    def matches(self, other: "Source") -> bool:
-        """True for the same model; rounding the weights to half precision moves `key_norm` by less than 1e-3."""
-        shape = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
-        same_shape = all(getattr(self, name) == getattr(other, name) for name in shape)
-        return same_shape and abs(self.key_norm - other.key_norm) <= 1e-3 * self.key_norm
 
 
 class Moments:
@@ -129,7 +132,7 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of both texts together. ValueError when they belong to different models or hold different kinds."""
-        if not self.source.matches(other.source):
+        if self.source != other.source:
             raise ValueError(f"moments of two models cannot be added: {self.source} and {other.source}")
         if self.gram.keys() != other.gram.keys():
             missing = sorted(self.gram.keys() ^ other.gram.keys())
@@ -162,15 +165,8 @@ class Moments:
         if kind not in held:
             hint = "; calibrate with attention=True for it" if kind in ATTENDED else ""
             raise ValueError(f"no moments of {kind!r}, only of {', '.join(held)}{hint}")
-        if not 0 <= layer < self.source.layers:
-            raise IndexError(
-                f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}"
-            )
-        if kind in self.weight:
-            return self.weight[kind][layer]
-        if not self.count:
-            raise ValueError("these moments have seen no token")
-        return self.gram[kind][layer] / self.count
+        self._check_layer(kind, layer)
+        return self.weight[kind][layer] if kind in self.weight else self.gram[kind][layer] / self.count
 
     def matrix(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
         """Second moment per token of one layer, E[xᵀx], or its covariance.
@@ -196,7 +192,7 @@ class Moments:
             raise ValueError(f"{kind} cannot be centred: no mean belongs to it")
         apart = whole.ndim == 3  # heads that were never multiplied with one another
         available = self.source.query_heads if apart else self.source.kv_heads
-        chosen = range(available) if heads is None else [heads] if isinstance(heads, int) else list(heads)
+        chosen = list(range(available) if heads is None else heads if hasattr(heads, "__len__") else [heads])
         if bad := [head for head in chosen if not 0 <= head < available]:
             raise IndexError(f"head {bad[0]} does not exist: {kind} have heads 0 to {available - 1}")
         d = self.source.head_dim
@@ -206,16 +202,25 @@ class Moments:
             columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in chosen])
             found = whole[columns][:, columns]
         if centred:
-            mean = self.mean(kind, layer)[list(chosen)]  # [n, d_h]
-            outer = (
-                torch.block_diag(*(m.outer(m) for m in mean)) if apart else mean.ravel().outer(mean.ravel())
-            )
-            found = found - outer
+            mean = self.mean(kind, layer)[chosen]  # [n, d_h]
+            parts = mean if apart else mean.ravel()[None]
+            found = found - torch.block_diag(*(part.outer(part) for part in parts))
         return found
 
     def mean(self, kind: str, layer: int) -> Tensor:
-        """Mean row of each head, float64 [heads, d_h]."""
+        """Mean row of each head, float64 [heads, d_h], for the kinds of `PLAIN`; errors as for `matrix`."""
+        if kind not in self.total:
+            raise ValueError(f"no mean of {kind!r}, only of {', '.join(self.total)}")
+        self._check_layer(kind, layer)
         return (self.total[kind][layer] / self.count).view(-1, self.source.head_dim)
+
+    def _check_layer(self, kind: str, layer: int) -> None:
+        if not self.count and kind not in self.weight:
+            raise ValueError("these moments have seen no token")
+        if not 0 <= layer < self.source.layers:
+            raise IndexError(
+                f"layer {layer} does not exist: the model has layers 0 to {self.source.layers - 1}"
+            )
 
     def spectrum(self, kind: str, layer: int, heads=None, centred: bool = False) -> Tensor:
         """Eigenvalues of `matrix`, largest first, float64.
@@ -232,7 +237,7 @@ class Moments:
         """Write a safetensors file, aside and then renamed, so that it is whole or not there. `notes` go with it."""
         from safetensors.torch import save_file
 
-        path = Path(path)
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"total.{kind}": tensor for kind, tensor in self.total.items()}
         tensors |= {f"gram.{kind}": tensor for kind, tensor in self.gram.items()}
@@ -255,8 +260,11 @@ class Moments:
         """The moments in a file and the notes saved with them; errors as for `load`."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no moments at {str(path)!r}")
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no moments at {str(path)!r}" + (", it is a folder" if path.is_dir() else "")
+            )
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("kvteach.moments", "{}"))
@@ -279,7 +287,9 @@ class Moments:
     def all_reduce(self) -> "Moments":
         """The sum over all processes of the default `torch.distributed` group; every process gets it.
 
-        Works over gloo (CPU) and nccl (GPU). Raises RuntimeError when no group was started.
+        Works over gloo (CPU) and nccl (GPU). A process without a share brings ``Moments.zeros(Source.of(model))``
+        and gets the weights of one that has them. Raises RuntimeError when no group was started, ValueError (in every
+        process) when they hold moments of different models or kinds.
         """
         import torch.distributed as dist
 
@@ -287,6 +297,10 @@ class Moments:
             raise RuntimeError(
                 "all_reduce needs a process group: run under torchrun and call init_process_group"
             )
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self.source, sorted(self.gram), bool(self.weight)))
+        if odd := [rank for rank, other in enumerate(everyone) if other[:2] != everyone[0][:2]]:
+            raise ValueError(f"process {odd[0]} holds moments of another model or other kinds than process 0")
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
 
         def summed(tensor: Tensor) -> Tensor:
@@ -297,4 +311,7 @@ class Moments:
         count = int(summed(torch.tensor(self.count)))
         total = {kind: summed(self.total[kind]) for kind in sorted(self.total)}
         gram = {kind: summed(self.gram[kind]) for kind in sorted(self.gram)}
-        return Moments(self.source, count, total, gram, self.weight)
+        weight, weighed = [self.weight], [other[2] for other in everyone]
+        if any(weighed) and not all(weighed):  # a process without a share ran no model
+            dist.broadcast_object_list(weight, weighed.index(True))
+        return Moments(self.source, count, total, gram, weight[0])

@@ -145,10 +145,12 @@ def truncation_error(singular_values, rank: int, norm="fro", relative: bool = Fa
     if norm not in ("fro", 2):
         raise ValueError(f'norm is {norm!r}; it should be "fro" or 2')
     order = None if norm == "fro" else np.inf
+    largest = s[..., :1]
+    s = s / np.where(largest > 0, largest, 1)  # squares of very large or small numbers would leave the range
     left_out = s[..., _integer(rank, "rank", 0, s.shape[-1]) :]
-    lost = np.linalg.norm(np.append(left_out, 0 * s[..., :1], -1), ord=order, axis=-1)
+    lost = np.linalg.norm(np.append(left_out, 0 * largest, -1), ord=order, axis=-1)
     if not relative:
-        return lost
+        return lost * largest[..., 0]
     whole = np.linalg.norm(s, ord=order, axis=-1)
     return lost / np.where(whole > 0, whole, 1)
 

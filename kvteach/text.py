@@ -68,14 +68,13 @@ def windows(
 
     Raises
     ------
-    ValueError : an unknown split, a count or length below one, or a text that is too short (its size is named).
+    ValueError : an unknown split, a count or length below one, a text that is too short (its size is named), or a
+        file that is not UTF-8.
     LookupError : an unknown text.
     ConnectionError : a hub text without a network; another text is never taken in its place.
     """
     import torch
 
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
     if count < 1 or length < 1:
         raise ValueError(f"count and length are {count} and {length}; both must be at least 1")
     needed, ids = count * length, []
@@ -92,7 +91,9 @@ def windows(
 
 
 def documents(text: str, split: str) -> Iterator[str]:
-    """The documents of one side of a text, in a fixed order."""
+    """The documents of one side of a text, in a fixed order; errors as for `windows`."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
     if text == "pydoc-topics":
         from pydoc_data.topics import topics
 
@@ -100,14 +101,22 @@ def documents(text: str, split: str) -> Iterator[str]:
     if text in HUB:
         return _hub_rows(text, split)
     if (path := Path(text).expanduser()).is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in {".txt", ".md"}]
-        return _side(((str(file.relative_to(path)), file.read_text("utf-8")) for file in files), split)
+        files = [file for file in path.rglob("*") if file.suffix in {".txt", ".md"} and file.is_file()]
+        return _side(((file.relative_to(path).as_posix(), _read(file)) for file in files), split)
     if path.is_file():
-        paragraphs = path.read_text("utf-8").split("\n\n")
+        paragraphs = _read(path).split("\n\n")
         return _side(((paragraph, paragraph) for paragraph in paragraphs if paragraph.strip()), split)
     raise LookupError(
         f"no text {text!r}: name pydoc-topics, {', '.join(HUB)}, or a file or folder of .txt or .md"
     )
+
+
+def _read(file: Path) -> str:
+    """The file's text; ValueError that names it when it is not UTF-8."""
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _side(named: Iterable[tuple[str, str]], split: str) -> Iterator[str]:

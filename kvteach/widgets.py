@@ -32,6 +32,7 @@ def slider(
     -------
     An ipywidgets box: works live, and without a kernel on the built page.
     """
+    values = list(values)
     if not values:
         raise ValueError("slider needs at least one value")
     if not 0 <= start < len(values):

@@ -18,6 +18,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+HUB_OPTIONS = (
+    "token",
+    "revision",
+    "cache_dir",
+    "local_files_only",
+)  # of from_pretrained, for all three files
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "bloom": "bloom"}  # model_type -> family
 
 
@@ -51,7 +57,8 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     name : one of `NAMES`, a model folder, or a Hugging Face id.
     dtype : ``"auto"`` keeps the dtype the weights are stored in (float32 for `NAMES`).
     device : where the weights go; `kvteach.env.device()` by default. Not together with ``device_map``.
-    from_pretrained : passed on, for instance ``device_map="auto"`` or ``attn_implementation="eager"``.
+    from_pretrained : passed on to transformers, for instance ``device_map="auto"``, ``attn_implementation="eager"``
+        or, for an id, ``token=…`` and ``revision=…``.
 
     Raises
     ------
@@ -60,21 +67,28 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     ValueError : an architecture outside `FAMILIES`, or a file whose bytes are not the pinned ones.
     OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from . import env
 
+    if device is not None and "device_map" in from_pretrained:
+        raise ValueError("name a device or a device_map, not both")
     if env.bars_off():
         logging.disable_progress_bar()
     source = _resolve(str(name))
+    hub = {key: from_pretrained[key] for key in HUB_OPTIONS if key in from_pretrained}
     try:
-        config = AutoConfig.from_pretrained(source)
-        check_family(config)
+        check_family(AutoConfig.from_pretrained(source, **hub))
         if not Path(source).is_dir():
-            _announce_download(source)
+            _announce_download(source, hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **from_pretrained)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    except SafetensorError as error:
+        raise ValueError(
+            f"a weights file of {name!r} is damaged ({error}): delete it and fetch it again"
+        ) from error
     except OSError as error:
         raise OSError(
             f"cannot load {name!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its spelling and "
@@ -82,7 +96,7 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
         ) from error
     if "device_map" not in from_pretrained:
         model = model.to(device or env.device())
-    return model.eval(), tokenizer
+    return model, tokenizer  # from_pretrained has put it into eval mode
 
 
 def check_family(config) -> str:
@@ -96,7 +110,7 @@ def check_family(config) -> str:
 
 def cache_folder() -> Path:
     """Where converted models are kept."""
-    return Path(os.environ.get("KVTEACH_CACHE") or Path.home() / ".cache" / "kvteach")
+    return Path(os.environ.get("KVTEACH_CACHE") or "~/.cache/kvteach").expanduser()
 
 
 def _resolve(name: str) -> str:
@@ -133,7 +147,12 @@ def _converted(name: str) -> Path:
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot make the folder {folder.parent} ({error.strerror}): set KVTEACH_CACHE to one"
+        ) from error
     with FileLock(f"{folder}.lock"):  # two processes that start together: one converts, the other waits
         if not _is_whole(folder, wheel):
             _convert(name, wheel, folder)
@@ -174,9 +193,9 @@ def _is_whole(folder: Path, wheel: Wheel) -> bool:
     try:
         made = json.loads((folder / "kvteach.json").read_text())
         same = all((folder / name).stat().st_size == size for name, size in made["sizes"].items())
-    except (OSError, ValueError, KeyError):
+        return same and "model.safetensors" in made["sizes"] and made["sha256"] == wheel.sha256
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return same and made["sha256"] == wheel.sha256
 
 
 def _file_in_wheel(name: str, wheel: Wheel) -> Path:
@@ -209,12 +228,12 @@ def _sha256(stream) -> str:
     return digest.hexdigest()
 
 
-def _announce_download(repo: str) -> None:
+def _announce_download(repo: str, hub: dict) -> None:
     """Say how many bytes are about to come from the hub, before they do."""
     from huggingface_hub import snapshot_download
 
     try:
-        files = snapshot_download(repo, allow_patterns=["*.safetensors", "*.json"], dry_run=True)
+        files = snapshot_download(repo, allow_patterns=["*.safetensors", "*.json"], dry_run=True, **hub)
         size = sum(file.file_size for file in files if file.will_download)
     except Exception:  # a courtesy only: what is wrong with the hub is said by the loading itself
         return

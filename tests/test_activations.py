@@ -54,6 +54,22 @@ def test_rope_keeps_norms_and_leaves_position_zero_alone(model):
         assert turned == (model.config.model_type != "bloom")
 
 
+def test_pre_is_what_the_projections_give(model):
+    if model.config.model_type == "bloom":
+        pytest.skip("one fused projection; nothing is rotated, so the cache has told already")
+    seen = {}
+    module = attention_modules(model)[1]
+    handles = [
+        getattr(module, name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
+        for name in ("q_proj", "k_proj")
+    ]
+    layer = record(model, tiny.ids())[1]
+    for handle in handles:
+        handle.remove()
+    for found, name in ((layer.queries_pre, "q_proj"), (layer.keys_pre, "k_proj")):
+        assert torch.equal(found.transpose(1, 2).flatten(2), seen[name])
+
+
 def test_no_hook_stays_and_the_attention_path_comes_back(model):
     before = model.config._attn_implementation
     record(model, tiny.ids(), attention=True)
@@ -98,8 +114,10 @@ def test_padding_is_recorded_where_it_stands():
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = torch.tensor([[0, 0, 0] + [1] * 6])
     with_padding = record(model, padded, attention_mask=mask)
-    # values have no position: those of the real tokens agree in the first layer, where nothing was mixed yet
-    assert torch.allclose(with_padding[0].values[:, :, 3:], alone[0].values)
+    # values have no position; in the last layer they depend on what was attended to, so on the mask
+    assert torch.allclose(with_padding[-1].values[:, :, 3:], alone[-1].values)
+    unmasked = record(model, padded)
+    assert not torch.allclose(unmasked[-1].values[:, :, 3:], alone[-1].values)
 
 
 def test_other_architectures_are_refused():

@@ -57,12 +57,14 @@ WRONG = [
     (cache.covariance, lambda n, t, g: g / n - t.outer(t) / n, "count²"),
     (cache.covariance, lambda n, t, g: g - t.outer(t) / n, "divide by count"),
     (cache.covariance, lambda n, t, g: (g - t.outer(t) / n) / (n - 1), "count − 1"),
-    (cache.covariance, lambda n, t, g: g, "minus the outer product"),
+    (cache.covariance, lambda n, t, g: g, "it should be 1; yours gives 10"),
     (cache.kept, lambda p, g: torch.linalg.eigvalsh(g)[-2:].sum() / g.trace(), "use psi"),
     (cache.kept, lambda p, g: (p @ g @ p.T).trace(), "divide by the whole energy"),
     (cache.kept, lambda p, g: ((p @ g @ p.T).trace() / g.trace()) ** 0.5, "no root"),
     (cache.kept, lambda p, g: 1 - (p @ g @ p.T).trace() / g.trace(), "share that is lost"),
-    (cache.kept, lambda p, g: 0.5, "over the trace of gram"),
+    (cache.kept, lambda p, g: 0.5, "yours says 0.500"),
+    (cache.stream, lambda s, x: None, "is empty"),
+    (cache.stream, on_stream(lambda s, x, n, t, g: (n, s[1] + x.sum(0), g)), "float32, which rounds"),
 ]
 
 
@@ -71,6 +73,16 @@ def test_right_answers_pass(check):
     assert check(RIGHT[check])
     assert "✓" in repr(check(RIGHT[check]))
     assert check(lambda *given: RIGHT[check](*given), strict=True)
+
+
+def test_sums_may_be_changed_in_place():
+    def stream(state, x):
+        count, total, gram = state
+        total += x.double().sum(0)
+        gram += x.double().T @ x.double()
+        return [count + len(x), total, gram]
+
+    assert cache.stream(stream)
 
 
 @pytest.mark.parametrize("check, answer, sentence", WRONG)

@@ -57,6 +57,17 @@ def test_cache_bytes_are_the_bytes_of_the_cache(model, dtype, width):
     )
 
 
+def test_numpy_integers_do_not_overflow():
+    numbers = {
+        name: np.int32(getattr(HAND, name)) for name in ("layers", "hidden", "query_heads", "kv_heads")
+    }
+    large = replace(HAND, **numbers, head_dim=np.int32(2**20))
+    assert (
+        cost.cache_bytes(large, tokens=np.int32(2**12), bytes_per_number=np.float32(2)) == 2 * 2 * 2 * 2**33
+    )
+    assert cost.parameters(large) > 0
+
+
 def test_parameters_are_the_parameters_of_the_model(model):
     shape = Shape.from_config(model.config)
     assert cost.parameters(shape) == model.num_parameters()

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -38,7 +39,12 @@ def same(a: Moments, b: Moments) -> bool:
 
 
 def close(a: Moments, b: Moments) -> bool:
-    return a.count == b.count and all(torch.allclose(a.gram[kind], b.gram[kind]) for kind in a.gram)
+    """Equal up to float64 rounding."""
+    return a.count == b.count and all(
+        torch.allclose(mine[kind], other[kind])
+        for mine, other in ((a.gram, b.gram), (a.total, b.total))
+        for kind in mine
+    )
 
 
 def test_streamed_equals_stored(model):
@@ -174,7 +180,13 @@ def test_nan_is_refused_with_its_place():
 
 @pytest.mark.parametrize(
     "windows",
-    [torch.ones(5), torch.ones(0, 5, dtype=torch.long), torch.ones(5, 0, dtype=torch.long), torch.ones(2, 2)],
+    [
+        torch.ones(5),
+        torch.ones(0, 5, dtype=torch.long),
+        torch.ones(5, 0, dtype=torch.long),
+        torch.ones(2, 2),
+        torch.ones(2, 2, dtype=torch.bool),
+    ],
 )
 def test_windows_of_a_wrong_shape_are_refused(windows):
     with pytest.raises(ValueError, match=r"windows must be token ids \[windows, tokens\], at least one"):
@@ -187,18 +199,59 @@ def test_moments_of_different_models_do_not_mix():
     with pytest.raises(ValueError, match="two models"):
         gqa + calibrate(tiny.MODELS["llama-mha"](), ids, progress=False)
     other = tiny.MODELS["llama-gqa"]()
-    other.model.layers[1].self_attn.k_proj.weight.data *= 1.1  # the same shape, other weights
+    other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3  # as after one small step of fine-tuning
     with pytest.raises(ValueError, match="two models"):
         gqa + calibrate(other, ids, progress=False)
     with pytest.raises(ValueError, match="keys_attended, values_attended"):
         gqa + calibrate(tiny.MODELS["llama-gqa"](), ids, attention=True, progress=False)
 
 
-def test_half_precision_is_the_same_model():
-    full, half = (
-        Source.of(tiny.MODELS["llama-gqa"](dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)
-    )
-    assert full.matches(half)
+def test_a_model_is_known_by_every_weight_in_its_dtype():
+    model = tiny.MODELS["llama-gqa"]()
+    assert Source.of(model) == Source.of(tiny.MODELS["llama-gqa"]()) == Source.of(model.model)
+    assert Source.of(model) != Source.of(tiny.MODELS["llama-gqa"](dtype=torch.bfloat16))
+    slower = tiny.MODELS["llama-gqa"]()
+    slower.model.rotary_emb.inv_freq *= 0.5  # other positions, the same weights
+    assert Source.of(model) != Source.of(slower)
+
+
+def test_offloaded_weights_are_named():
+    with torch.device("meta"):
+        model = tiny.MODELS["llama-gqa"]()
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is offloaded: load the model without"):
+        calibrate(model, tiny.ids(), progress=False)
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_keeps_its_modes():
+    model = tiny.MODELS["llama-gqa"]()
+    exact = calibrate(model, tiny.ids(), progress=False)
+    for module in attention_modules(model):
+        module.attention_dropout = 0.5
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert same(calibrate(model, tiny.ids(), progress=False), exact)
+    assert [module.training for module in model.modules()] == modes
+    assert not record(model, tiny.ids())[2].values.requires_grad
+    assert torch.equal(record(model, tiny.ids())[2].values, record(model, tiny.ids())[2].values)
+
+
+def test_attended_sums_of_half_precision_models_are_formed_in_float32():
+    """The same bfloat16 activations, summed from their definition: rounding each product would be off by 1e-3."""
+    model, ids = tiny.MODELS["llama-gqa"](dtype=torch.bfloat16), tiny.ids(1, 9)
+    found = calibrate(model, ids, attention=True, progress=False).gram["values_attended"][0]
+    layer = record(model, ids, attention=True)[0]
+    values = layer.values.transpose(1, 2).flatten(2)[0].double()  # [tokens, width]
+    read = layer.attention[0].double() @ values  # [heads, tokens, width]
+    assert torch.allclose(found, (read.mT @ read).mean(0), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["list", "numpy", "int32"])
+def test_windows_may_be_lists_or_arrays(kind):
+    ids = tiny.ids()
+    given = {"list": ids.tolist(), "numpy": ids.numpy(), "int32": ids.int()}[kind]
+    model = tiny.MODELS["llama-gqa"]()
+    assert same(calibrate(model, given, progress=False), calibrate(model, ids, progress=False))
 
 
 def test_questions_without_an_answer_are_refused():
@@ -211,6 +264,11 @@ def test_questions_without_an_answer_are_refused():
         moments.matrix("values", 3)
     with pytest.raises(IndexError, match="head 2 does not exist: values have heads 0 to 1"):
         moments.matrix("values", 0, [0, 2])
+    with pytest.raises(ValueError, match="no mean of 'keys_attended', only of keys_pre"):
+        moments.mean("keys_attended", 0)
+    with pytest.raises(IndexError, match="layers 0 to 2"):
+        moments.mean("values", -1)
+    assert torch.equal(moments.matrix("values", 0, numpy.int64(1)), moments.matrix("values", 0, [1]))
     with pytest.raises(ValueError, match="no token"):
         Moments.zeros(moments.source).matrix("values", 0)
 
@@ -278,6 +336,41 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert same(calibrate(model, ids, batch=2, path=path, progress=False), whole)  # finished: read, not run
 
 
+def test_a_stop_inside_the_adding_saves_nothing_half_added(tmp_path, monkeypatch):
+    model, ids, path = tiny.MODELS["llama-gqa"](), tiny.ids(3, 6), tmp_path / "moments"
+    takes, take = [], Moments.take
+
+    def stop_in_the_second(self, batch):
+        takes.append(1)
+        if len(takes) == 2:
+            self.gram["values"] += 1  # begun
+            raise KeyboardInterrupt
+        take(self, batch)
+
+    monkeypatch.setattr(Moments, "take", stop_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, ids, path=path, progress=False)
+    monkeypatch.undo()
+    assert same(Moments.load(path), calibrate(model, ids[:1], progress=False))
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    moments, path = calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(), progress=False), tmp_path / "moments"
+    moments.save(path)
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        moments.save(path)
+    assert same(Moments.load(path), moments)
+    assert [p.name for p in tmp_path.iterdir()] == ["moments"]
+
+
 def test_a_killed_run_goes_on(tmp_path):
     """SIGKILL in the middle: whatever lies at the path is whole, and going on gives the sums of the whole text."""
     path = tmp_path / "moments"
@@ -320,16 +413,26 @@ def test_going_on_with_another_run_is_refused(tmp_path):
 def _share(rank: int, folder: str) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    share = tiny.ids(5, 6)[rank::2]
-    calibrate(tiny.MODELS["llama-gqa"](), share, progress=False).all_reduce().save(f"{folder}/{rank}")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    model = tiny.MODELS["llama-gqa"]()
+    share = tiny.ids(5, 6)[rank::2] if rank < 2 else None  # unequal shares, and none at all
+    mine = Moments.zeros(Source.of(model)) if share is None else calibrate(model, share, progress=False)
+    before = {kind: gram.clone() for kind, gram in mine.gram.items()}
+    mine.all_reduce().save(f"{folder}/{rank}")
+    assert all(torch.equal(mine.gram[kind], gram) for kind, gram in before.items())
+    other = calibrate(model, tiny.ids(), attention=rank == 1, progress=False)
+    with pytest.raises(
+        ValueError, match="process 1 holds moments of another model or other kinds than process 0"
+    ):
+        other.all_reduce()
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_moments_of_one(tmp_path):
-    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
-    first, second = (Moments.load(tmp_path / name) for name in "01")
+def test_processes_together_have_the_moments_of_one(tmp_path):
+    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=3)
+    first, second, third = (Moments.load(tmp_path / name) for name in "012")
     assert same(first, second)
+    assert same(first, third)
     assert set(first.weight) == set(WEIGHTS)
     assert close(first, calibrate(tiny.MODELS["llama-gqa"](), tiny.ids(5, 6), progress=False))
 

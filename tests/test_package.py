@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import ipywidgets
+import numpy
 import pytest
 import torch
 
@@ -67,6 +68,20 @@ def test_a_module_that_was_replaced_under_us_is_told(monkeypatch):
     assert "restart the kernel" in env.report()
 
 
+@pytest.mark.parametrize("value, off", [(None, False), ("", False), ("0", False), ("1", True)])
+def test_bars_are_off_when_asked(monkeypatch, value, off):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TQDM_DISABLE", value)
+    assert env.bars_off() is off
+
+
+def test_colab_is_known_by_its_module(monkeypatch):
+    assert not env.in_colab()
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    assert env.in_colab()
+
+
 def draw(value):
     figure, axes = figures.new(f"value {value}", x="x", y="y")
     axes.plot([0, value])
@@ -78,9 +93,10 @@ def slide(**kwargs):
 
 
 def test_slider_shows_the_frame_it_points_at():
-    control, pictures = slide(start=1).children
-    assert control.value == "2"
-    assert pictures.selected_index == 1
+    control, pictures = slide(start=0).children
+    assert control.options == ("1", "2", "3")
+    assert control.value == "1"
+    assert pictures.selected_index == 0
     assert all(f"a line to &quot;{n}&quot;" in frame.value for n, frame in enumerate(pictures.children, 1))
     assert len({frame.value for frame in pictures.children}) == 3
 
@@ -98,6 +114,8 @@ def test_slider_without_a_stack_lets_the_kernel_swap_the_frame(monkeypatch):
 def test_slider_refuses_nonsense():
     with pytest.raises(ValueError, match="at least one value"):
         widgets.slider("value", [], draw, str)
+    with pytest.raises(ValueError, match="at least one value"):
+        widgets.slider("value", numpy.array([]), draw, str)
     with pytest.raises(ValueError, match="start is 3, but there are 3 values"):
         slide(start=3)
 
@@ -109,6 +127,17 @@ def test_figures_are_closed_and_small():
     assert plt.get_fignums() == []
     assert data.startswith(b"\x89PNG")
     assert len(data) < 20_000
+
+
+def test_the_look_reaches_what_is_drawn_later():
+    from matplotlib.colors import to_hex
+
+    _, axes = figures.new("claim")
+    (line,) = axes.plot([0, 1], label="x")
+    assert (line.get_linewidth(), to_hex(line.get_color()).upper()) == (2, figures.COLOURS[0])
+    assert axes.imshow([[0, 1]]).get_cmap().name == figures.MAP
+    assert not axes.legend().get_frame_on()
+    assert axes.title.get_text() == "" and axes.get_title(loc="left") == "claim"
 
 
 def test_new_figure_carries_its_claim():

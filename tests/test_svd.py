@@ -24,6 +24,17 @@ def rebuild(factors):
     return (U * s[..., None, :]) @ Vt
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-9, 1.0, 1e200])
+def test_scale_does_not_matter(scale):
+    s = np.array([4.0, 2.0, 1.0])
+    assert np.isclose(svd.truncation_error(scale * s, 1), scale * 5**0.5)
+    assert np.isclose(svd.truncation_error(scale * s, 1, relative=True), (5 / 21) ** 0.5)
+    if scale < 1e100:  # squares of 1e200 have no float64
+        eigenvalues = (scale**0.5 * s) ** 2
+        assert np.allclose(svd.energy(eigenvalues), [0, 16 / 21, 20 / 21, 1])
+        assert svd.rank_for_energy(eigenvalues, 0.9) == 2
+
+
 def test_docstrings():
     result = doctest.testmod(svd)
     assert result.attempted >= 8

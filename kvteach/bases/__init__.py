@@ -21,7 +21,7 @@ are the key-value heads that are cached together. Two heads of one number each, 
 >>> from kvteach.moments import Moments, Source
 >>> keys = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]])  # [tokens, 2 heads · 1]
 >>> gram = {"keys_post": (keys.T @ keys)[None], "values": torch.eye(2)[None]}  # [layers, 2, 2]
->>> source = Source("bloom", layers=1, query_heads=2, kv_heads=2, head_dim=1, key_norm=1.0)
+>>> source = Source("bloom", layers=1, query_heads=2, kv_heads=2, head_dim=1, weights="")
 >>> moments = Moments(source, count=3, total={}, gram=gram)
 >>> basis = METHODS["activation-svd"](moments, layer=0, heads=[0, 1], key_rank=1, value_rank=1)
 >>> keys @ basis.keys.encode @ basis.keys.decode

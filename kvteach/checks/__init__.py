@@ -101,7 +101,7 @@ def array(value, shape: tuple[int, ...], name: str = "your answer") -> np.ndarra
 def _expect_something(value, name: str) -> None:
     expect(
         value is not None and value is not Ellipsis,
-        f"{name} is empty: replace the ... and do not forget to return",
+        f"{name} is empty: replace the ... and return the result (to print it is not enough)",
     )
 
 

@@ -40,18 +40,23 @@ def stream(answer) -> None:
     """``stream(state, x)``: (count, total, gram) after the rows of x were added to the three sums."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, 3, generator=generator) + 2 for n in (5, 2, 9)]
-    empty = (0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64))
+
+    def empty():
+        """Fresh sums: an answer may change them in place."""
+        return 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+
     square = parts[0][
         :3
     ]  # as many tokens as numbers: a product the wrong way round still has the right shape
     wrong_way = (square @ square.T).double().numpy()
-    state = answer(empty, square)
-    expect(isinstance(state, tuple) and len(state) == 3, "return the three sums: count, total, gram")
+    state = answer(empty(), square)
+    expect(state is not None, "stream(state, x) is empty: replace the ... and do not forget to return")
+    expect(isinstance(state, tuple | list) and len(state) == 3, "return the three sums: count, total, gram")
     expect(
         not np.allclose(array(state[2], (3, 3), "gram"), wrong_way),
         "gram is tokens × tokens: it should be xᵀx, numbers × numbers, not xxᵀ",
     )
-    state = empty
+    state = empty()
     for part in parts:
         state = answer(state, part)
     every = torch.cat(parts).double().numpy()
@@ -68,11 +73,14 @@ def stream(answer) -> None:
     )
     expect(np.allclose(total, every.sum(0)), "total should be the sum of all rows so far")
     expect(np.allclose(gram, every.T @ every), "gram should be the sum of xᵀx over all batches so far")
-    large = torch.full((2, 1), 4097.0)  # 4097² needs 25 bits, float32 has 24
-    state = answer((0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)), large)
+    # 4097² and 2²⁴ + 1 need 25 bits, float32 has 24
+    large = torch.tensor([[4097.0], [4097.0], [2.0**24], [1.0]])
+    zero = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    _, total, gram = answer((0, *zero), large)
     expect(
-        number(torch.as_tensor(state[2]).double()[0, 0], "gram") == 2 * 4097.0**2,
-        "you multiplied in float32, which rounds: turn x into float64 before the product",
+        float(torch.as_tensor(gram)) == float(large.double().square().sum())
+        and float(torch.as_tensor(total)) == float(large.double().sum()),
+        "you added or multiplied in float32, which rounds: turn x into float64 first",
     )
 
 
@@ -81,7 +89,8 @@ def covariance(answer) -> None:
     """``covariance(count, total, gram)``: E[xᵀx] − E[x]ᵀE[x], [d, d], from the three sums."""
     x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 2
     count, total, gram = len(x), x.sum(0), x.T @ x
-    found = array(answer(count, total, gram), (3, 3), "covariance(...)")
+    given = total.clone(), gram.clone()  # an answer may change what it gets
+    found = array(answer(count, *given), (3, 3), "covariance(...)")
     centred, outer = torch.cov(x.T, correction=0), total.outer(total)
     expect(not np.allclose(found, gram / count), "that is the second moment: the mean is still in it")
     expect(
@@ -97,9 +106,11 @@ def covariance(answer) -> None:
         not np.allclose(found, torch.cov(x.T)),
         "you divided by count − 1: this book describes the tokens it has, so it divides by count",
     )
+    small = answer(2, torch.tensor([4.0]), torch.tensor([[10.0]]))
     expect(
         np.allclose(found, centred),
-        "it should be gram / count minus the outer product of the mean with itself",
+        "not yet: for the two numbers 1 and 3, with count 2, total 4 and gram 10, it should be 1; "
+        f"yours gives {float(torch.as_tensor(small)):g}",
     )
 
 
@@ -110,7 +121,7 @@ def kept(answer) -> None:
     psi = torch.linalg.qr(torch.randn(5, 2, dtype=torch.float64, generator=generator))[0].T
     x = torch.randn(20, 5, dtype=torch.float64, generator=generator) * torch.tensor([5.0, 4, 3, 2, 1])
     gram = x.T @ x
-    found = number(answer(psi, gram), "kept(psi, gram)")
+    found = number(answer(psi.clone(), gram.clone()), "kept(psi, gram)")
     right = float((psi @ gram @ psi.T).trace() / gram.trace())
     own = float(torch.linalg.eigvalsh(gram)[-2:].sum() / gram.trace())
     expect(
@@ -122,6 +133,4 @@ def kept(answer) -> None:
     )
     expect(not np.isclose(found, right**0.5), "energy is squared already: no root")
     expect(not np.isclose(found, 1 - right), "that is the share that is lost")
-    expect(
-        np.isclose(found, right), f"the trace of psi · gram · psiᵀ over the trace of gram is {right:.3f} here"
-    )
+    expect(np.isclose(found, right), f"psi keeps {right:.3f} of the energy here, yours says {found:.3f}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from . import array, check, expect, number
+from . import Mistake, array, check, expect, number
 
 __all__ = ["basis", "energy_kept", "largest_rank", "truncate"]
 
@@ -38,10 +38,17 @@ def truncate(answer):
         A = np.random.default_rng(1).standard_normal(shape)
         U, s, Vt = np.linalg.svd(A, full_matrices=False)
         name = f"truncate(A, 2) for A of shape {shape}"
-        found = answer(A.copy(), 2)
+        vector = "s is a vector: U * s multiplies the columns of U, and np.diag(s) makes a matrix of it"
+        try:
+            found = answer(A.copy(), 2)
+        except ValueError as error:
+            raise Mistake(
+                f"the shapes do not fit. U needs r columns and Vᵀ r rows, and {vector}. NumPy says: {error}"
+            ) from None
         expect(
             not isinstance(found, tuple | list), f"{name} is a {type(found).__name__}: multiply the factors"
         )
+        expect(np.ndim(found) != 1, f"{name} is a vector, it should have shape {shape}. {vector}")
         rows = np.ndim(found) == 2 and np.shape(found)[0] == 2
         expect(not rows, f"{name} has 2 rows: keep all rows of U and its first r columns, U[:, :r]")
         found = array(found, shape, name)
@@ -52,6 +59,9 @@ def truncate(answer):
                 (U[:, :2] * s[:2]) @ Vt.T[:2],
             ],
             "the singular values are missing: multiply the columns of U by them": [U[:, :2] @ Vt[:2]],
+            "this multiplies the columns of Vᵀ by the singular values: multiply its rows, s[:r, None] * Vt[:r]": [
+                U[:, :2] @ (s * Vt)[:2]
+            ],
             "this keeps the smallest values: take the first r": [(U[:, 2:] * s[2:]) @ Vt[2:]],
             "this cuts rows or columns of A: cut the factors instead": [
                 A * (np.arange(shape[0]) < 2)[:, None],
@@ -68,17 +78,19 @@ def truncate(answer):
 @check("Exercise 1.3")
 def largest_rank(answer):
     """``answer(m, n)`` -> the largest rank whose U, s and Vᵀ hold fewer numbers than an m × n matrix."""
-    value = number(answer(20, 11), "largest_rank(20, 11)")
-    expect(value == int(value), f"largest_rank(20, 11) is {value:.4g}: a rank is whole, so round down")
+    value = number(answer(49, 29), "largest_rank(49, 29)")
+    expect(value == int(value), f"largest_rank(49, 29) is {value:.4g}: a rank is whole, so round down")
     mistakes = {
-        7: "7 · (20 + 11 + 1) = 224 numbers exceed 220: count the r singular values too, and round down",
-        5: "this stores Σ as an r × r matrix: its diagonal, r numbers, is enough",
-        4: "this stores all n × n numbers of Vᵀ: only its first r rows are needed",
-        11: "this is the largest rank there is: compare what is stored with m · n",
+        18: "18 · (49 + 29 + 1) = 1422 numbers exceed 1421: count the r singular values too, and round down",
+        16: "17 · (49 + 29 + 1) = 1343 numbers are fewer than 1421, so rank 17 still saves: "
+        "take one off only when m · n is a multiple of m + n + 1",
+        15: "this stores Σ as an r × r matrix: its diagonal, r numbers, is enough",
+        11: "this stores all n × n numbers of Vᵀ: only its first r rows are needed",
+        29: "this is the largest rank there is: compare what is stored with m · n",
         1: "rank 1 is not the largest: r · (m + n + 1) < m · n still holds for larger r",
     }
     expect(value not in mistakes, mistakes.get(value, ""))
-    expect(value == 6, f"largest_rank(20, 11) is 6: 6 · 32 = 192 < 220, yours says {value:g}")
+    expect(value == 17, f"largest_rank(49, 29) is 17: 17 · 79 = 1343 < 1421, yours says {value:g}")
     value = number(answer(5, 4), "largest_rank(5, 4)")
     expect(
         value != 2, "rank 2 of a 5 × 4 matrix stores 20 numbers, as many as the matrix: it must store fewer"
@@ -90,8 +102,9 @@ def largest_rank(answer):
 
 @check("Exercise 1.4")
 def basis(answer):
-    """``answer(K, r)`` -> Ψ (r × d): the top r right singular vectors of K, in any order, any sign."""
+    """``answer(K, r)`` -> Ψ (r × D): the top r right singular vectors of K, in any order, any sign."""
     K = np.random.default_rng(2).standard_normal((50, 4)) * [3.0, 1.0, 2.0, 0.5]
+    K += [0.0, 4.0, 0.0, 4.0]  # a mean, so that taking it out is seen
     Vt = np.linalg.svd(K, full_matrices=False)[2]
     vectors = np.linalg.eigh(K.T @ K)[1]
     found = answer(K.copy(), 2)
@@ -109,6 +122,11 @@ def basis(answer):
     expect(
         not same(Vt[2:]),
         "these belong to the smallest eigenvalues: np.linalg.eigh sorts upwards, so take the last r",
+    )
+    centred = np.linalg.eigh(np.cov(K.T))[1][:, ::-1].T
+    expect(
+        not same(centred[:2]),
+        "this takes the mean out first, as np.cov does: use KᵀK, the mean is part of what a cache stores",
     )
     rows = same(vectors[:2]) or same(vectors[2:])
     expect(not rows, "these are rows of the matrix of eigenvectors: each of its columns is one eigenvector")
