@@ -53,4 +53,8 @@ def put(notebook) -> None:
         first = new_code_cell(id="install")
         cells.insert(1, first)  # after the title
     first["source"] = source()
+    first["metadata"]["mystnb"] = {
+        "code_prompt_show": "For Colab: install the package",
+        "code_prompt_hide": "Hide",
+    }
     first["metadata"]["tags"] = sorted({*first["metadata"].get("tags", []), "hide-cell"})

@@ -50,7 +50,7 @@ def stream(answer) -> None:
     ]  # as many tokens as numbers: a product the wrong way round still has the right shape
     wrong_way = (square @ square.T).double().numpy()
     state = answer(empty(), square)
-    expect(state is not None, "stream(state, x) is empty: replace the ... and do not forget to return")
+    expect(state is not None, "stream(state, x) is empty: replace the ... and return the three sums")
     expect(isinstance(state, tuple | list) and len(state) == 3, "return the three sums: count, total, gram")
     expect(
         not np.allclose(array(state[2], (3, 3), "gram"), wrong_way),
