@@ -56,7 +56,7 @@ def calibrate(
     digest = hashlib.sha256(ids.long().cpu().numpy().tobytes()).hexdigest()
     run = {"text": digest, "shape": list(ids.shape), "batch": batch}
     moments, fresh, done = Moments.zeros(source, attention), Moments.zeros(source, attention), 0
-    if path is not None and Path(path).exists():
+    if path is not None and Path(path).expanduser().exists():
         moments, done = _resume(path, moments, run)
     moments.weight = moments.weight or _weights(model)
     batches, no_bar = ids.split(batch), not progress or bars_off()

@@ -50,7 +50,7 @@ from .zoo import FAMILIES, check_family
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
 ATTENDED = ("keys_attended", "values_attended")
 WEIGHTS = ("keys_weight", "values_weight", "outputs_weight")
-FORMAT = 2  # 1 had no weights
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -271,11 +271,6 @@ class Moments:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file ({error})") from error
-        if about.get("format") == 1:
-            raise ValueError(
-                f"{str(path)!r} holds moments of format 1, which had no weights; this version reads format {FORMAT}: "
-                "delete it and calibrate again"
-            )
         if about.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} holds no moments of format {FORMAT}")
         parts = {"total": {}, "gram": {}, "weight": {}}
