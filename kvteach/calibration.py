@@ -35,7 +35,7 @@ def calibrate(
     model : a LLaMA- or BLOOM-family model. Its language-model head is not run.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens] without padding.
     batch : windows per forward pass.
-    attention : also sum the attention-weighted kinds, at two to three times the time.
+    attention : also sum the attention-weighted kinds, in about twice the time.
     path : a file that the moments are kept in while they grow. A run that was stopped goes on from its last saved
         batch, with the same result to the last bit; a finished one is read. By default nothing is kept.
     progress : show a bar.
@@ -71,10 +71,10 @@ def calibrate(
             whole, done = True, number + 1
             # Saved so often that it takes a twentieth of the time; a run that is killed repeats a few batches.
             if path is not None and time.monotonic() - saved > 20 * cost:
-                cost = -time.monotonic()
+                start = time.monotonic()
                 moments.save(path, done=done, **run)
                 saved = time.monotonic()
-                cost += saved
+                cost = saved - start
     finally:  # Ctrl-C, NaN, end: keep all finished batches, unless the stop fell into the adding itself
         if path is not None and whole and done:
             moments.save(path, done=done, **run)

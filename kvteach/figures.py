@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 # Okabe–Ito: eight colours that remain distinct with any common colour-vision deficiency; yellow left out, too
 # pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-KEYS, VALUES, QUERIES = COLOURS[0], COLOURS[1], COLOURS[2]  # the same thing has the same colour on every page
+KEYS, VALUES = COLOURS[0], COLOURS[1]  # the same thing has the same colour on every page
 MAP = "cividis"  # for heat maps: perceptually even, readable in grey
 
 STYLE = {
