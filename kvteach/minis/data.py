@@ -20,7 +20,18 @@ PACKAGES = (
     *("huggingface_hub", "datasets", "accelerate", "tokenizers", "safetensors", "gguf", "fontTools", "PIL"),
     *("IPython", "ipywidgets", "traitlets", "jupyter_client", "nbformat", "nbclient", "sphinx", "docutils"),
     *("babel", "jinja2", "markdown_it", "myst_parser", "bs4", "hypothesis", "playwright", "pydantic", "attr"),
-    *("rich", "prompt_toolkit", "jedi", "parso", "setuptools", "pip", "requests", "click", "fsspec", "filelock"),
+    *(
+        "rich",
+        "prompt_toolkit",
+        "jedi",
+        "parso",
+        "setuptools",
+        "pip",
+        "requests",
+        "click",
+        "fsspec",
+        "filelock",
+    ),
 )
 TEXTS = ("pydoc-topics", "stdlib-docstrings")  # calibration side: read; evaluation side: held out
 END = "<|end|>"  # stands between documents
