@@ -1,4 +1,4 @@
-"""Train a mini: ``python -m kvteach.minis.train mini-llama --tokens 8e6``.
+"""Train a mini: ``python -m kvteach.minis.train mini-llama --tokens 4e6``.
 
 The one dial is the number of tokens. Learning rate: 100 steps of warming up, then constant, and over the last 30 % of
 the run linearly to zero ("warmup–stable–decay"). All before the decay is the same for every budget, so a run that was
@@ -203,7 +203,7 @@ def main(arguments=None) -> None:
     """Train one mini and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--tokens", type=float, default=8e6, help="training tokens (default 8e6)")
+    parser.add_argument("--tokens", type=float, default=4e6, help="training tokens (default 4e6)")
     parser.add_argument("--folder", type=Path, default=Path("minis"), help="where runs are kept")
     asked = parser.parse_args(arguments)
     tokenizer, row = prepare(asked.folder)
