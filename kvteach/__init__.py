@@ -15,6 +15,9 @@ module           what it holds                                                  
 ``calibration``  the run that streams those sums through a model                       2
 ``bases``        what to keep of a group of heads, one method a file                   4
 ``zoo``          models by name, folder or hub id
+``evaluate``     perplexity, divergence from the original, lm-eval
+``layers``       attention and output errors, layer by layer
+``passkey``      a number hidden in a long text, asked for at the end
 ``text``         calibration and evaluation windows
 ``figures``      one look for every plot
 ``widgets``      figures that move
@@ -34,8 +37,11 @@ _MODULES = (
     "checks",
     "cost",
     "env",
+    "evaluate",
     "figures",
+    "layers",
     "moments",
+    "passkey",
     "svd",
     "text",
     "widgets",
