@@ -169,6 +169,9 @@ def test_nan_is_told_with_its_window():
         perplexity(model, ids)
     with pytest.raises(ValueError, match="window 2: the logits hold NaN or infinity"):
         compare(model, tiny.MODELS["llama-gqa"](), ids)
+    model.lm_head.weight.data[3] = math.inf  # everywhere, the first look at the head included
+    with pytest.raises(ValueError, match="window 0: the logits hold NaN or infinity"):
+        perplexity(model, ids)
 
 
 def test_a_scale_after_the_head_is_refused():
@@ -191,5 +194,7 @@ def test_what_cannot_be_compared_is_refused():
     for arguments in ((model,), (Reference.of(model, ids), ids)):
         with pytest.raises(ValueError, match="give compare an original and windows, or a Reference"):
             compare(model, *arguments)
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
+        perplexity(model.model, ids)
     with pytest.raises(ValueError, match="batch is 0"):
         perplexity(model, ids, batch=0)
