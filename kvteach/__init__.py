@@ -14,6 +14,10 @@ module           what it holds                                                  
 ``moments``      their sums over a text: count, mean, second moments                   2
 ``calibration``  the run that streams those sums through a model                       2
 ``bases``        what to keep of a group of heads, one method a file                   4
+``plan``         what a compressed model is to look like                               4
+``grouping``     which heads are cached together                                       4
+``convert``      model + moments + plan → a model with a small cache                   4
+``models``       the classes of compressed models                                      4
 ``zoo``          models by name, folder or hub id
 ``evaluate``     perplexity, divergence from the original, lm-eval
 ``layers``       attention and output errors, layer by layer
@@ -28,6 +32,8 @@ module           what it holds                                                  
 
 from importlib import import_module
 
+from . import _register
+
 __version__ = "0.1.0"
 
 _MODULES = (
@@ -35,13 +41,17 @@ _MODULES = (
     "bases",
     "calibration",
     "checks",
+    "convert",
     "cost",
     "env",
     "evaluate",
     "figures",
+    "grouping",
     "layers",
+    "models",
     "moments",
     "passkey",
+    "plan",
     "svd",
     "text",
     "widgets",
@@ -49,11 +59,19 @@ _MODULES = (
 )
 
 
+_NAMES = {"compress": "convert", "Plan": "plan"}  # the two that a reader types most
+
+
 def __getattr__(name: str):
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"kvteach has no {name!r}; it has {', '.join(_MODULES)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_MODULES, *_NAMES])
+
+
+_register.watch()  # for AutoModelForCausalLM.from_pretrained of a compressed folder

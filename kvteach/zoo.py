@@ -80,7 +80,11 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     source = _resolve(str(name))
     hub = {key: from_pretrained[key] for key in HUB_OPTIONS if key in from_pretrained}
     try:
-        check_family(AutoConfig.from_pretrained(source, **hub))
+        from . import models  # noqa: F401  (enters the classes of compressed models into transformers' tables)
+
+        config = AutoConfig.from_pretrained(source, **hub)
+        if not config.model_type.startswith("kvteach_"):
+            check_family(config)
         if not Path(source).is_dir():
             _announce_download(source, hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **from_pretrained)
@@ -101,6 +105,8 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
 
 def check_family(config) -> str:
     """The family (``llama`` or ``bloom``) of a transformers config; ValueError for any other architecture."""
+    if config.model_type.startswith("kvteach_"):
+        raise ValueError("the model is compressed already: take the one that it was made from")
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; kvteach reads {', '.join(FAMILIES)} models"
