@@ -57,7 +57,7 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
             "these moments belong to another model (its shape, its weights or its dtype): calibrate this one"
         )
     groups, key_rank, value_rank = plan.layout(source)
-        made, bias = {}, _output_bias(config, plan)
+    made, bias = {}, _output_bias(config, plan)
     orders = []
     modules = attention_modules(model)
     for layer in tqdm(range(source.layers), "compressing", disable=not progress or bars_off()):
@@ -69,7 +69,9 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
         bases = [
             METHODS[plan.basis](moments, layer, group, key_rank, value_rank, plan.centred) for group in heads
         ]
-        made[layer] = _small(read(modules[layer]), heads, bases, absorb=plan.stock or not source.rotates, bias=bias)
+        made[layer] = _small(
+            read(modules[layer]), heads, bases, absorb=plan.stock or not source.rotates, bias=bias
+        )
         orders.append(_query_order(source, heads))
     small = _build(model, plan, source, made, orders, (groups, key_rank, value_rank))
     return small.to(next(model.parameters()).device).eval()
@@ -97,7 +99,11 @@ def read(module) -> Attention:
         if tensor is None:
             return None
         tensor = tensor.detach().double()
-        return tensor if tensor.shape[1:2] == (d_h,) and tensor.ndim > 1 and fused else tensor.unflatten(0, (-1, d_h))
+        return (
+            tensor
+            if tensor.shape[1:2] == (d_h,) and tensor.ndim > 1 and fused
+            else tensor.unflatten(0, (-1, d_h))
+        )
 
     fused = hasattr(module, "query_key_value")
     if fused:  # [heads · 3 · d_h] -> [heads, 3, d_h]
@@ -141,7 +147,9 @@ def _small(
     for group, basis in zip(heads, bases, strict=True):
         encode, decode = basis.keys.encode, basis.keys.decode  # [t · d_h, r_k], [r_k, t · d_h]
         if not all(
-            torch.isfinite(part).all() for side in (basis.keys, basis.values) for part in (side.encode, side.decode)
+            torch.isfinite(part).all()
+            for side in (basis.keys, basis.values)
+            for part in (side.encode, side.decode)
         ):
             raise ValueError(f"the basis of heads {group} holds NaN or infinity: check the calibration text")
         d_h = attention.key.shape[1]
@@ -239,7 +247,11 @@ def _build(model, plan: Plan, source: Source, made: dict, orders: list, layout):
     config = config_class(**fields)
     state = model.state_dict()
     layers = [name for name, module in model.named_modules() if module in attention_modules(model)]
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(f"{at}." for at in layers))}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(tuple(f"{at}." for at in layers))
+    }
     for layer, at in enumerate(layers):
         for name, tensor in made[layer].items():
             name = name if source.rotates else name.replace("o_proj", "dense")

@@ -28,7 +28,7 @@ def by_similarity(moments: Moments, layer: int, groups: int) -> list[list[int]]:
     for _ in range(groups):
         group = [left.pop(0)]
         while len(group) < size:
-            best = max(left, key=lambda head: kept(moments, layer, [*group, head]))  # noqa: B023  (used at once)
+            best = max(left, key=lambda head: kept(moments, layer, [*group, head]))
             group.append(best)
             left.remove(best)
         found.append(group)

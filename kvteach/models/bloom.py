@@ -4,7 +4,7 @@
     o = softmax(q̃ cᵀ / √d_h + slope_j · position) v
 
 The h / g query heads of a group are query positions of one matrix product, so keys and values are never repeated.
-ALiBi's slopes belong to the query heads of the original; where grouping by similarity moved heads, `head_order` finds them.
+ALiBi's slopes belong to the query heads of the original; where grouping moved heads, `head_order` finds them.
 """
 
 import torch
