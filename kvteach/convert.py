@@ -10,7 +10,7 @@ between W_K and the product, so a basis that does not commute with it cannot ent
 as matrices of their own, applied after the rotation (form G or R, `kvteach.models.llama`).
 
 Centred: what E and D describe is x − μ. A constant in all keys moves all scores of a query alike, so nothing is to be
-done for it; softmax weights sum to 1, so the constant μ − μ E D of the values adds Σ_j (μ − μ E D)_i W_O^j to the output.
+done for it. Softmax weights sum to 1, so the values' constant adds Σ_j (μ − μ E D)_i W_O^j to the output.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
 
     Returns
     -------
-    A transformers ``PreTrainedModel`` of the same dtype, on the same device, in eval mode. With ``plan.stock`` it is of the class of `model`, else of one in `kvteach.models`.
+    A transformers ``PreTrainedModel`` of the same dtype, on the same device, in eval mode. With ``plan.stock`` it is of
+    the class of `model`, else of one in `kvteach.models`.
 
     Raises
     ------
