@@ -13,7 +13,7 @@ Centred: what E and D describe is x − μ. A constant in all keys moves all sco
 done for it. Softmax weights sum to 1, so the values' constant adds Σ_j (μ − μ E D)_i W_O^j to the output.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -147,11 +147,8 @@ def _small(
     wide = attention.key_bias is not None
     for group, basis in zip(heads, bases, strict=True):
         encode, decode = basis.keys.encode, basis.keys.decode  # [t · d_h, r_k], [r_k, t · d_h]
-        if not all(
-            torch.isfinite(part).all()
-            for side in (basis.keys, basis.values)
-            for part in (side.encode, side.decode)
-        ):
+        parts = [part for side in (basis.keys, basis.values) for part in (side.encode, side.decode, side.mean)]
+        if not all(part is None or torch.isfinite(part).all() for part in parts):
             raise ValueError(f"the basis of heads {group} holds NaN or infinity: check the calibration text")
         d_h = attention.key.shape[1]
         key = attention.key[group].cpu().flatten(0, 1)  # [t · d_h, hidden]
@@ -243,7 +240,7 @@ def _build(model, plan: Plan, source: Source, made: dict, orders: list, layout):
     fields["kvteach"] = {
         "version": __version__,
         "plan": plan.as_dict(),
-        "source": vars(source),
+        "source": asdict(source),
     }
     config = config_class(**fields)
     state = model.state_dict()
@@ -257,9 +254,10 @@ def _build(model, plan: Plan, source: Source, made: dict, orders: list, layout):
         for name, tensor in made[layer].items():
             name = name if source.rotates else name.replace("o_proj", "dense")
             state[f"{at}.{name}"] = tensor
-    small = model_class._from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
+    with torch.random.fork_rng():  # a new model draws weights, all of which are replaced
+        small = model_class._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
     small.load_state_dict(state)
     small.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
     return small
