@@ -147,7 +147,9 @@ def _small(
     wide = attention.key_bias is not None
     for group, basis in zip(heads, bases, strict=True):
         encode, decode = basis.keys.encode, basis.keys.decode  # [t · d_h, r_k], [r_k, t · d_h]
-        parts = [part for side in (basis.keys, basis.values) for part in (side.encode, side.decode, side.mean)]
+        parts = [
+            part for side in (basis.keys, basis.values) for part in (side.encode, side.decode, side.mean)
+        ]
         if not all(part is None or torch.isfinite(part).all() for part in parts):
             raise ValueError(f"the basis of heads {group} holds NaN or infinity: check the calibration text")
         d_h = attention.key.shape[1]

@@ -32,7 +32,8 @@ CASES = [
     pytest.param(name, form, id=f"{name}-{form}")
     for name in tiny.MODELS
     for form in FORMS
-    if not (name == "bloom" and form == "S") and not (form == "similar" and name not in ("llama-mha", "bloom"))
+    if not (name == "bloom" and form == "S")
+    and not (form == "similar" and name not in ("llama-mha", "bloom"))
 ]
 SOME = [("llama-mha", "G"), ("qwen2", "S"), ("mistral", "R"), ("bloom", "similar")]
 ROOT = Path(kvteach.__file__).parents[1]
@@ -146,7 +147,9 @@ def test_bytes_are_those_that_were_promised(name, form, kind):
     }  # a slice of something larger would count small and be large
 
 
-@pytest.mark.parametrize(("name", "form"), [case for case in SOME if case[0] != "bloom"] + [("llama-mha", "R")])
+@pytest.mark.parametrize(
+    ("name", "form"), [case for case in SOME if case[0] != "bloom"] + [("llama-mha", "R")]
+)
 @torch.no_grad()
 def test_decoding_reads_the_cache_in_place(name, form, monkeypatch):
     model, seen, attend = small(name, form), [], functional.scaled_dot_product_attention
@@ -209,11 +212,15 @@ def test_generate_with_a_cache_is_generate_without(name, form, way):
     found = sample(model, tiny.ids(2, 6), **WAYS[way])
     assert found.shape == (2, 14)
     assert torch.equal(found, sample(model, tiny.ids(2, 6), use_cache=False, **WAYS[way]))
-    if way == "greedy" and name != "mistral":  # transformers' static sliding window takes no batch of prompts here
+    if (
+        way == "greedy" and name != "mistral"
+    ):  # transformers' static sliding window takes no batch of prompts here
         assert torch.equal(found, sample(model, tiny.ids(2, 6), cache_implementation="static", **WAYS[way]))
 
 
-@pytest.mark.parametrize(("name", "form"), [*SOME, ("llama-mqa-bias", "G"), ("llama-gqa", "S"), ("bloom", "R")])
+@pytest.mark.parametrize(
+    ("name", "form"), [*SOME, ("llama-mqa-bias", "G"), ("llama-gqa", "S"), ("bloom", "R")]
+)
 def test_a_padded_batch_is_its_rows_alone(name, form):
     model = small_float32(name, form)
     ids, mask = left_padded()
@@ -341,7 +348,11 @@ def test_the_plan_is_in_the_config(folder):
         assert config["kvteach"]["version"] == kvteach.__version__
         assert config["kvteach"]["source"] == vars(moments(name).source)
         stock = form == "S"
-        assert config["model_type"] == original(name).config.model_type if stock else "kvteach_" in config["model_type"]
+        assert (
+            config["model_type"] == original(name).config.model_type
+            if stock
+            else "kvteach_" in config["model_type"]
+        )
         assert "auto_map" not in config
         assert {file.suffix for file in (folder / case.id).iterdir()} == {".json", ".safetensors"}
 
