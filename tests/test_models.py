@@ -99,14 +99,15 @@ def test_a_text_in_pieces_is_the_whole_text(name, form):
 @pytest.mark.parametrize("name", ["llama-mha", "mistral"])
 @torch.no_grad()
 def test_both_ways_of_attention_agree(name, implementation):
+    """To float32: eager attention computes its softmax in that."""
     model = small(name, "R")
     expected = logits(model)
     model.set_attn_implementation(implementation)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     cache = DynamicCache(config=model.config)
     model(tiny.ids()[:, :-1], past_key_values=cache)
     last = model(tiny.ids()[:, -1:], past_key_values=cache).logits
-    torch.testing.assert_close(last, expected[:, -1:], rtol=0, atol=1e-9)
+    torch.testing.assert_close(last, expected[:, -1:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "bloom"])
@@ -228,7 +229,9 @@ def test_a_padded_batch_is_its_rows_alone(name, form):
     for row, (text, seen) in enumerate(zip(ids, mask, strict=True)):
         alone = sample(model, text[seen == 1][None], do_sample=False)
         assert torch.equal(together[row, -8:], alone[0, -8:])
-    scores = logits(model, ids, attention_mask=mask)[0, 5:]
+    # Without RoPE in the basis (forms G and R) a latent depends on its position, so padding must not count.
+    positions = {} if name == "bloom" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    scores = logits(model, ids, attention_mask=mask, **positions)[0, 5:]
     torch.testing.assert_close(scores, logits(model, ids[:1, 5:])[0], rtol=0, atol=2e-5)
     assert sample(model, ids, attention_mask=mask, do_sample=True).shape == (2, 17)
     assert sample(model, ids, attention_mask=mask, do_sample=False, num_beams=2).shape == (2, 17)
@@ -272,11 +275,10 @@ def test_a_small_model_can_be_trained(name, form):
         assert parameter.grad.abs().max() > 0, key
 
 
-@pytest.mark.parametrize("form", ["G", "R"])
 @torch.no_grad()
-def test_a_step_compiles_in_one_graph(form):
+def test_a_step_compiles_in_one_graph():
     """Tracing only: what the C++ compiler makes of the graph is its own affair, and takes a minute."""
-    model, ids = small("llama-mha", form), tiny.ids()
+    model, ids = small("llama-mha", "G"), tiny.ids()
     cache = StaticCache(config=model.config, max_cache_len=16)
     model(ids, past_key_values=cache)
     step = torch.compile(model, fullgraph=True, backend="eager")
@@ -288,28 +290,38 @@ def test_a_step_compiles_in_one_graph(form):
 
 # -- files --------------------------------------------------------------------------------------------------
 
+SAME = 1e-12  # weights come back to the bit, but lie elsewhere in memory, and matrix products may add in another order
+
 READ = """
-import sys
+import json, os, sys
+folder, first, *names = sys.argv[1:]
+if first == "kvteach":
+    import kvteach
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
-folder = sys.argv[1]
-early = "kvteach" in sys.argv[2:]
-if early:
-    import kvteach
-else:  # as anyone's script would: transformers first, and a model tried without this package
+import transformers.modeling_utils as utils
+import transformers.models.llama.modeling_llama as llama
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+def state():
+    return dict(llama.LlamaAttention.__dict__), dict(utils.ALL_ATTENTION_FUNCTIONS), llama.apply_rotary_pos_emb
+
+if first == "transformers":  # as anyone's script would be: without this package a model is refused
     try:
-        AutoModelForCausalLM.from_pretrained(folder + "/llama-mha-G")
-    except Exception as error:
-        open(folder + "/refusal.txt", "w").write(str(error))
+        AutoModelForCausalLM.from_pretrained(os.path.join(folder, names[0]))
+    except ValueError as error:
+        print(error)
+    before = state()
     import kvteach
+    import kvteach.convert
+    assert state() == before
+config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=5)
+assert type(AutoModelForCausalLM.from_config(config)) is llama.LlamaForCausalLM
 found = {}
-for name in sys.argv[3:]:
-    model = AutoModelForCausalLM.from_pretrained(folder + "/" + name)
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained(os.path.join(folder, name))
     with torch.no_grad():
-        found[name] = model(torch.load(folder + "/ids.pt"), use_cache=False).logits
-    assert model.config.kvteach["plan"], name
-torch.save(found, folder + "/" + sys.argv[2] + ".pt")
+        found[name] = model(torch.load(os.path.join(folder, "ids.pt")), use_cache=False).logits
+torch.save(found, os.path.join(folder, first + ".pt"))
 """
 
 
@@ -329,15 +341,16 @@ NAMES = [case.id for case in CASES]
 
 @pytest.mark.parametrize("first", ["kvteach", "transformers"])
 def test_a_fresh_process_reads_what_was_saved(folder, first):
+    """Whichever is imported first. Importing this package leaves transformers' LLaMA as it is, and needed it is."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", READ, str(folder), first, *NAMES]
-    subprocess.run(command, check=True, env=environment, capture_output=True, cwd=folder)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    assert ("kvteach_llama" in ran.stdout) == (first == "transformers")
     found = torch.load(folder / f"{first}.pt")
     for case in CASES:
         name, form = case.values
-        assert torch.equal(found[case.id], logits(small(name, form))), case.id
-    if first == "transformers":
-        assert "kvteach_llama" in (folder / "refusal.txt").read_text()
+        torch.testing.assert_close(found[case.id], logits(small(name, form)), rtol=0, atol=SAME)
 
 
 def test_the_plan_is_in_the_config(folder):
@@ -363,7 +376,9 @@ def test_sharded_files(tmp_path):
         model.save_pretrained(tmp_path / name, max_shard_size="100KB")
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 2
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert torch.equal(logits(again), logits(model))
+        torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=SAME)
+        state = model.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
         assert again.dtype == torch.float64 and type(again) is type(model)
         tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
         assert tied is (name != "llama-mha")
@@ -386,7 +401,8 @@ def test_the_zoo_loads_a_folder(tmp_path):
     for file in original_folder.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     again, tokenizer = zoo.load(str(tmp_path), device="cpu")
-    assert torch.equal(logits(again), logits(model)) and not again.training
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=SAME)
+    assert not again.training
     assert tokenizer("a")["input_ids"]
 
 
@@ -401,25 +417,6 @@ def test_a_named_model_from_end_to_end():
         torch.testing.assert_close(logits(model_8, ids), logits(model, ids), rtol=0, atol=1e-3)
         text = compress(model, seen, Plan(kv_heads=2), progress=False).generate(ids, max_new_tokens=4)
         assert text.shape[1] <= ids.shape[1] + 4
-
-
-# -- transformers stays as it is ----------------------------------------------------------------------------
-
-
-def test_importing_changes_nothing_in_transformers():
-    code = """
-import transformers.models.llama.modeling_llama as llama, transformers.modeling_utils as utils
-before = dict(llama.LlamaAttention.__dict__), dict(utils.ALL_ATTENTION_FUNCTIONS), llama.apply_rotary_pos_emb
-import kvteach, kvteach.models
-after = dict(llama.LlamaAttention.__dict__), dict(utils.ALL_ATTENTION_FUNCTIONS), llama.apply_rotary_pos_emb
-assert before == after
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=5)
-assert type(AutoModelForCausalLM.from_config(config)) is llama.LlamaForCausalLM
-assert type(AutoConfig.for_model("kvteach_llama")) is kvteach.models.llama.KvteachLlamaConfig
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
 
 
 def test_the_original_runs_on_as_before():
