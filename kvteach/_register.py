@@ -1,31 +1,41 @@
 """Lets transformers find compressed models after ``import kvteach``, without importing transformers.
 
 ``AutoModelForCausalLM`` looks a checkpoint's model type up in a table. The entries of `kvteach.models` are made when
-the module that holds the table is imported, by whomever: `watch` puts itself before Python's own finders until then.
+the module that holds the table is there and no module of transformers is half imported: some modules need the table,
+and `kvteach.models` needs them. `watch` puts itself before Python's own finders until then.
 """
 
 import importlib
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
 
 TABLE = "transformers.models.auto.modeling_auto"
 
 
 class _Watch:
-    """A finder that waits for one module, and lets `kvteach.models` follow it."""
+    """A finder that counts how deep an import of transformers' modules is nested, and acts when the outermost ends."""
+
+    depth = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name != TABLE:
+        if not name.startswith("transformers."):
             return None
-        sys.meta_path.remove(self)  # once, and so that the next line finds the module itself
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
         run = spec.loader.exec_module
 
-        def run_and_enter(module):
-            run(module)
-            importlib.import_module("kvteach.models")
+        def counted(module):
+            self.depth += 1
+            try:
+                run(module)
+            finally:
+                self.depth -= 1
+            if not self.depth and TABLE in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                importlib.import_module("kvteach.models")
 
-        spec.loader.exec_module = run_and_enter
+        spec.loader.exec_module = counted
         return spec
 
 

@@ -314,6 +314,7 @@ if first == "transformers":  # as anyone's script would be: without this package
     import kvteach
     import kvteach.convert
     assert state() == before
+assert not any("kvteach" in type(finder).__module__ for finder in sys.meta_path)  # it waited no longer than needed
 config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=5)
 assert type(AutoModelForCausalLM.from_config(config)) is llama.LlamaForCausalLM
 found = {}
