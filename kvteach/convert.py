@@ -219,7 +219,7 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
         config_class, _, model_class = CLASSES[model.config.model_type]
         fields |= {"source_key_value_heads": source.kv_heads, "key_rank": key_rank, "value_rank": value_rank}
         readers = source.query_heads // source.kv_heads
-        orders = [_readers(sum(heads, []), readers) for heads in grouped]
+        orders = [_readers([head for group in heads for head in group], readers) for heads in grouped]
         if source.rotates:
             fields["output_bias"] = plan.centred
         elif any(order != sorted(order) for order in orders):
