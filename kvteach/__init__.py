@@ -17,6 +17,7 @@ module           what it holds                                                  
 ``plan``         what a compressed model is to look like                               4
 ``grouping``     which heads are cached together                                       4
 ``convert``      model + moments + plan → a model with a small cache                   4
+``sequential``   the same, layer by layer on the compressed model itself               4
 ``models``       the classes of compressed models                                      4
 ``zoo``          models by name, folder or hub id
 ``evaluate``     perplexity, divergence from the original, lm-eval
@@ -52,6 +53,7 @@ _MODULES = (
     "moments",
     "passkey",
     "plan",
+    "sequential",
     "svd",
     "text",
     "widgets",
