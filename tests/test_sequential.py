@@ -1,4 +1,4 @@
-"""Sequential conversion: exact where nothing is dropped, its decoders and its W_O optimal, its streams the models' own."""
+"""Sequential conversion: exact where nothing is dropped, optimal decoders, streams that are the models' own."""
 
 import pytest
 import tiny
