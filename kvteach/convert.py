@@ -13,7 +13,7 @@ Centred: what E and D describe is x − μ. A constant in all keys moves all sco
 done for it. Softmax weights sum to 1, so the values' constant adds Σ_j (μ − μ E D)_i W_O^j to the output.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -134,7 +134,8 @@ def fill(module, attention: Attention, heads: list[list[int]], bases: list[Basis
         constant = attention.output_bias.clone()
     for number, (group, basis) in enumerate(zip(heads, bases, strict=True)):
         sides = (basis.keys, basis.values)
-        if not all(torch.isfinite(side.encode).all() and torch.isfinite(side.decode).all() for side in sides):
+        held = [part for side in sides for part in (side.encode, side.decode, side.mean) if part is not None]
+        if not all(torch.isfinite(part).all() for part in held):
             raise ValueError(f"the basis of heads {group} holds NaN or infinity: check the calibration text")
         encode = basis.keys.encode  # [t · d_h, r_k]
         key_decoders, value_decoders = (
@@ -224,11 +225,12 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
             fields["output_bias"] = plan.centred
         elif any(order != sorted(order) for order in orders):
             fields["head_order"] = orders
-    fields["kvteach"] = {"version": __version__, "plan": plan.as_dict(), "source": vars(source)}
+    fields["kvteach"] = {"version": __version__, "plan": plan.as_dict(), "source": asdict(source)}
     config = config_class(**fields)
-    small = model_class._from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
+    with torch.random.fork_rng():  # a new model draws weights, all of which are replaced
+        small = model_class._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
     inside = (".self_attn.", ".self_attention.")
     kept = {name: x for name, x in model.state_dict().items() if not any(part in name for part in inside)}
     small.load_state_dict(kept, strict=False)

@@ -10,7 +10,7 @@ One of two dials is turned:
 """
 
 from dataclasses import asdict, dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 from .bases import method
 from .moments import Source
@@ -46,9 +46,13 @@ class Plan:
         """Refuse what no model could follow, and name the basis that was left open."""
         if (self.kv_heads is None) == (self.kv_ratio is None):
             raise ValueError("a plan needs kv_heads or kv_ratio, one of the two")
-        ratio = self.kv_ratio
-        if ratio is not None and not (isinstance(ratio, Real) and 0 < ratio <= 1):
-            raise ValueError(f"kv_ratio is {ratio!r}; it must be above 0 and at most 1")
+        heads, ratio = self.kv_heads, self.kv_ratio
+        if ratio is not None:
+            if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+                raise ValueError(f"kv_ratio is {ratio!r}; it must be above 0 and at most 1")
+            object.__setattr__(self, "kv_ratio", float(ratio))  # Python's own numbers: a config is JSON
+        elif isinstance(heads, Integral) and not isinstance(heads, bool):
+            object.__setattr__(self, "kv_heads", int(heads))
         if self.grouping not in GROUPINGS:
             raise ValueError(f"grouping is {self.grouping!r}; it must be one of {', '.join(GROUPINGS)}")
         if self.stock and self.kv_heads is None:
@@ -88,7 +92,7 @@ class Plan:
                     f"kv_ratio is {self.kv_ratio}; it must keep at least 2 of {width} numbers: {2 / width:.4f} or more"
                 )
             return 1, rank, rank
-        if not isinstance(self.kv_heads, int) or self.kv_heads < 1 or n % self.kv_heads:
+        if type(self.kv_heads) is not int or self.kv_heads < 1 or n % self.kv_heads:  # True is no number
             legal = ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
             raise ValueError(
                 f"kv_heads is {self.kv_heads!r}; for {n} key-value heads it must be one of {legal}"
