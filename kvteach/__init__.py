@@ -13,10 +13,12 @@ module           what it holds                                                  
 ``activations``  keys, values and queries of a forward pass                            2
 ``moments``      their sums over a text: count, mean, second moments                   2
 ``calibration``  the run that streams those sums through a model                       2
+``rope``         the rotation, and what it does to second moments                      3
 ``bases``        what to keep of a group of heads, one method a file                   4
 ``plan``         what a compressed model is to look like                               4
 ``grouping``     which heads are cached together                                       4
 ``convert``      model + moments + plan → a model with a small cache                   4
+``sequential``   the same, layer by layer on the compressed model itself               4
 ``models``       the classes of compressed models                                      4
 ``zoo``          models by name, folder or hub id
 ``evaluate``     perplexity, divergence from the original, lm-eval
@@ -52,6 +54,8 @@ _MODULES = (
     "moments",
     "passkey",
     "plan",
+    "rope",
+    "sequential",
     "svd",
     "text",
     "widgets",

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__
-from .activations import attention_modules, key_weight, output_weight, value_weight
+from .activations import attention_modules
 from .bases import METHODS, Basis
 from .env import bars_off
 from .grouping import by_order, by_similarity
@@ -58,24 +58,22 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
             "these moments belong to another model (its shape, its weights or its dtype): calibrate this one"
         )
     groups, key_rank, value_rank = plan.layout(source)
-    made, bias = {}, _output_bias(config, plan)
-    orders = []
-    modules = attention_modules(model)
-    for layer in tqdm(range(source.layers), "compressing", disable=not progress or bars_off()):
-        heads = (
-            by_order(source.kv_heads, groups)
-            if plan.grouping == "order"
-            else by_similarity(moments, layer, groups)
-        )
+    layers = range(source.layers)
+    grouped = [
+        by_order(source.kv_heads, groups)
+        if plan.grouping == "order"
+        else by_similarity(moments, layer, groups)
+        for layer in layers
+    ]
+    small = build(model, plan, source, grouped)
+    modules, new = attention_modules(model), small_modules(small)
+    for layer in tqdm(layers, "compressing", disable=not progress or bars_off()):
         bases = [
-            METHODS[plan.basis](moments, layer, group, key_rank, value_rank, plan.centred) for group in heads
+            METHODS[plan.basis](moments, layer, group, key_rank, value_rank, plan.centred)
+            for group in grouped[layer]
         ]
-        made[layer] = _small(
-            read(modules[layer]), heads, bases, absorb=plan.stock or not source.rotates, bias=bias
-        )
-        orders.append(_query_order(source, heads))
-    small = _build(model, plan, source, made, orders, (groups, key_rank, value_rank))
-    return small.to(next(model.parameters()).device).eval()
+        fill(new[layer], read(modules[layer]), grouped[layer], bases)
+    return small
 
 
 @dataclass(frozen=True)
@@ -93,173 +91,148 @@ class Attention:
 
 
 def read(module) -> Attention:
-    """The attention of one module of the LLaMA or BLOOM family."""
-    d_h = module.head_dim
+    """The attention of one module of the LLaMA or BLOOM family, on the CPU."""
+    d_h, fused = module.head_dim, hasattr(module, "query_key_value")
 
-    def apart(tensor):  # [heads · d_h, …] or [heads, d_h, …] -> [heads, d_h, …]
-        if tensor is None:
-            return None
-        tensor = tensor.detach().double()
-        return (
-            tensor
-            if tensor.shape[1:2] == (d_h,) and tensor.ndim > 1 and fused
-            else tensor.unflatten(0, (-1, d_h))
+    def apart(tensor):  # [heads · d_h, …] -> float64 [heads, d_h, …]
+        return None if tensor is None else tensor.detach().cpu().double().unflatten(0, (-1, d_h))
+
+    if fused:  # [heads · 3 · d_h, …] -> [heads · d_h, …] for queries, keys and values
+        weight, bias = (
+            part.unflatten(0, (-1, 3, d_h)).transpose(0, 1).flatten(1, 2)
+            for part in (module.query_key_value.weight, module.query_key_value.bias)
         )
-
-    fused = hasattr(module, "query_key_value")
-    if fused:  # [heads · 3 · d_h] -> [heads, 3, d_h]
-        weight = module.query_key_value.weight.unflatten(0, (-1, 3, d_h))
-        bias = module.query_key_value.bias.unflatten(0, (-1, 3, d_h))
-        query, query_bias, key_bias, value_bias = weight[:, 0], bias[:, 0], bias[:, 1], bias[:, 2]
     else:
-        query = module.q_proj.weight
-        query_bias, key_bias, value_bias = (
-            getattr(module, name).bias for name in ("q_proj", "k_proj", "v_proj")
-        )
+        projections = module.q_proj, module.k_proj, module.v_proj
+        weight, bias = zip(*((part.weight, part.bias) for part in projections), strict=True)
     last = module.dense if fused else module.o_proj
-    output = output_weight(module).detach().double().T.unflatten(0, (-1, d_h))
     return Attention(
-        *(apart(part) for part in (query, key_weight(module), value_weight(module))),
-        output,
-        *(apart(part) for part in (query_bias, key_bias, value_bias)),
-        None if last.bias is None else last.bias.detach().double(),
+        *(apart(part) for part in weight),
+        apart(last.weight.T),
+        *(apart(part) for part in bias),
+        None if last.bias is None else last.bias.detach().cpu().double(),
     )
 
 
-def _small(
-    attention: Attention, heads: list[list[int]], bases: list[Basis], absorb: bool, bias: bool
-) -> dict[str, Tensor]:
-    """Names and float64 weights of the small attention, as nn.Linear keeps them, [out, in].
+def fill(module, attention: Attention, heads: list[list[int]], bases: list[Basis], decoders=None) -> None:
+    """Give a small attention module its weights; nn.Linear keeps them as [out, in].
 
     Parameters
     ----------
+    module : with `k_down` and `q_map` it keeps the keys' basis apart, else the basis goes into the weights.
     heads : for each group the key-value heads in it.
-    absorb : the keys' basis goes into the weights; else it is returned as `k_down` and `q_map`.
-    bias : the output has a bias.
+    decoders : for each group those of its query heads, keys' [readers of the group, r_k, d_h] and values'; by default
+        D_i of the basis, the same for all that read head i.
     """
-    n = len(attention.key)
-    readers = len(attention.query) // n  # query heads that read one key-value head
-    queries, query_biases, outputs, keys, values = [], [], [], [], []
-    key_biases, value_biases, maps = [], [], []
-    constant = torch.zeros(attention.output.shape[-1], dtype=torch.float64)
+    absorb, last = not hasattr(module, "k_down"), "dense" if hasattr(module, "dense") else "o_proj"
+    biased = attention.key_bias is not None
+    readers = len(attention.query) // len(attention.key)  # query heads that read one key-value head
+    parts = {name: [] for name in ("q_proj", "k_proj", "v_proj", last)}
+    biases = {name: [] for name in ("q_proj", "k_proj", "v_proj")}
+    maps, constant = [], torch.zeros(attention.output.shape[-1], dtype=torch.float64)
     if attention.output_bias is not None:
-        constant = constant + attention.output_bias.cpu()
-    wide = attention.key_bias is not None
-    for group, basis in zip(heads, bases, strict=True):
-        encode, decode = basis.keys.encode, basis.keys.decode  # [t · d_h, r_k], [r_k, t · d_h]
-        parts = [
-            part for side in (basis.keys, basis.values) for part in (side.encode, side.decode, side.mean)
-        ]
-        if not all(part is None or torch.isfinite(part).all() for part in parts):
+        constant = attention.output_bias.clone()
+    for number, (group, basis) in enumerate(zip(heads, bases, strict=True)):
+        sides = (basis.keys, basis.values)
+        held = [part for side in sides for part in (side.encode, side.decode, side.mean) if part is not None]
+        if not all(torch.isfinite(part).all() for part in held):
             raise ValueError(f"the basis of heads {group} holds NaN or infinity: check the calibration text")
-        d_h = attention.key.shape[1]
-        key = attention.key[group].cpu().flatten(0, 1)  # [t · d_h, hidden]
-        value = attention.value[group].cpu().flatten(0, 1)
-        keys.append(encode.T @ key if absorb else key)
-        values.append(basis.values.encode.T @ value)
-        if wide:
-            flat = attention.key_bias[group].cpu().ravel()
-            key_biases.append(flat @ encode if absorb else flat)
-            value_biases.append(attention.value_bias[group].cpu().ravel() @ basis.values.encode)
-        mean = basis.values.mean
-        for i, head in enumerate(group):
-            block = slice(i * d_h, (i + 1) * d_h)
-            for j in range(head * readers, (head + 1) * readers):
-                query = attention.query[j].cpu()  # [d_h, hidden]
-                queries.append(decode[:, block] @ query if absorb else query)
-                if wide:
-                    flat = attention.query_bias[j].cpu()
-                    query_biases.append(decode[:, block] @ flat if absorb else flat)
-                maps.append(decode[:, block].T)  # [d_h, r_k]
-                output = attention.output[j].cpu()  # [d_h, hidden]
-                outputs.append(basis.values.decode[:, block] @ output)
-                if mean is not None:
-                    rest = mean - mean @ basis.values.encode @ basis.values.decode
-                    constant = constant + rest[block] @ output
-    found = {
-        "q_proj.weight": torch.cat(queries),
-        "k_proj.weight": torch.cat(keys),
-        "v_proj.weight": torch.cat(values),
-        "o_proj.weight": torch.cat(outputs).T,
-    }
-    if wide:
-        found |= {
-            "q_proj.bias": torch.cat(query_biases),
-            "k_proj.bias": torch.cat(key_biases),
-            "v_proj.bias": torch.cat(value_biases),
-        }
-    if bias:
-        found["o_proj.bias"] = constant
-    if not absorb:
-        found |= {
-            "k_down": torch.stack([basis.keys.encode for basis in bases]),
-            "q_map": torch.stack(maps),
-        }
-    return found
-
-
-def _query_order(source: Source, heads: list[list[int]]) -> list[int]:
-    """The original index of each query head of the compressed layer."""
-    readers = source.query_heads // source.kv_heads
-    return [j for group in heads for head in group for j in range(head * readers, (head + 1) * readers)]
-
-
-def _output_bias(config, plan: Plan) -> bool:
-    """True when the compressed attention's output has a bias."""
-    has = config.model_type == "bloom" or (
-        config.model_type == "llama" and bool(getattr(config, "attention_bias", False))
-    )
-    if plan.centred and plan.stock and not has:
-        raise ValueError(
-            f"centred is True; the mean of the values needs a bias in the output, which a stock {config.model_type} "
-            "model has not: leave centred out, or leave stock out"
+        encode = basis.keys.encode  # [t · d_h, r_k]
+        key_decoders, value_decoders = (
+            decoders[number] if decoders else (_each(side, len(group), readers) for side in sides)
         )
-    return has or plan.centred
+        reading = _readers(group, readers)
+        key, value = (
+            attention.key[group].flatten(0, 1),
+            attention.value[group].flatten(0, 1),
+        )  # [t · d_h, hidden]
+        parts["k_proj"].append(encode.T @ key if absorb else key)
+        parts["v_proj"].append(basis.values.encode.T @ value)
+        query = attention.query[reading]  # [readers of the group, d_h, hidden]
+        parts["q_proj"].append((key_decoders @ query if absorb else query).flatten(0, 1))
+        parts[last].append((value_decoders @ attention.output[reading]).flatten(0, 1))
+        maps.append(key_decoders.mT)  # [readers of the group, d_h, r_k]
+        if biased:
+            key, query = (
+                attention.key_bias[group].ravel(),
+                attention.query_bias[reading],
+            )  # [t · d_h], [readers, d_h]
+            biases["k_proj"].append(key @ encode if absorb else key)
+            biases["v_proj"].append(attention.value_bias[group].ravel() @ basis.values.encode)
+            biases["q_proj"].append(((key_decoders @ query[..., None])[..., 0] if absorb else query).ravel())
+        if (mean := basis.values.mean) is not None:
+            rest = (mean - mean @ basis.values.encode @ basis.values.decode).unflatten(0, (len(group), -1))
+            # Σ_j (μ − μ E D)_i W_O^j: [readers of the group, 1, d_h] · [readers of the group, d_h, hidden]
+            constant = constant + (
+                rest.repeat_interleave(readers, 0)[:, None] @ attention.output[reading]
+            ).sum((0, 1))
+    found = {f"{name}.weight": torch.cat(part) for name, part in parts.items()}
+    found[f"{last}.weight"] = found[f"{last}.weight"].T
+    if biased:
+        found |= {f"{name}.bias": torch.cat(part) for name, part in biases.items()}
+    if getattr(module, last).bias is not None:
+        found[f"{last}.bias"] = constant
+    if not absorb:
+        found |= {"k_down": torch.stack([basis.keys.encode for basis in bases]), "q_map": torch.cat(maps)}
+    module.load_state_dict(found)
 
 
-def _build(model, plan: Plan, source: Source, made: dict, orders: list, layout):
-    """The compressed model: the original's weights, copied, with `made` in place of each layer's attention."""
+def _each(side, heads: int, readers: int) -> Tensor:
+    """The decoder of each query head: [r, t · d_h] -> [t · readers, r, d_h]."""
+    return side.decode.unflatten(1, (heads, -1)).transpose(0, 1).repeat_interleave(readers, 0)
+
+
+def _readers(group: list[int], readers: int) -> list[int]:
+    """The query heads that read the heads of a group, in the order of the compressed layer."""
+    return [j for head in group for j in range(head * readers, (head + 1) * readers)]
+
+
+def small_modules(small) -> list:
+    """The attention module of each layer of a compressed model."""
+    body = small.base_model
+    return (
+        [block.self_attention for block in body.h]
+        if hasattr(body, "h")
+        else [block.self_attn for block in body.layers]
+    )
+
+
+def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
+    """The compressed model with the original's weights, copied, but for those of attention, which `fill` sets.
+
+    `grouped` holds for each layer the groups of key-value heads. ValueError as for `compress`.
+    """
     from .models import CLASSES
 
-    groups, key_rank, value_rank = layout
+    groups, key_rank, value_rank = plan.layout(source)
     fields = model.config.to_dict()
     for name in ("architectures", "model_type", "transformers_version", "dtype"):
         fields.pop(name, None)
     fields["num_key_value_heads"] = groups
     if plan.stock:
+        if plan.centred and not getattr(model.config, "attention_bias", False):
+            raise ValueError(
+                f"centred is True; the mean of the values needs a bias in the output, which this "
+                f"{model.config.model_type} model has not: leave centred out, or leave stock out"
+            )
         config_class, model_class = type(model.config), type(model)
     else:
         config_class, _, model_class = CLASSES[model.config.model_type]
-        fields |= {
-            "source_key_value_heads": source.kv_heads,
-            "key_rank": key_rank,
-            "value_rank": value_rank,
-        }
+        fields |= {"source_key_value_heads": source.kv_heads, "key_rank": key_rank, "value_rank": value_rank}
+        readers = source.query_heads // source.kv_heads
+        orders = [_readers([head for group in heads for head in group], readers) for heads in grouped]
         if source.rotates:
             fields["output_bias"] = plan.centred
-        elif orders[0] != sorted(orders[0]) or any(order != orders[0] for order in orders):
+        elif any(order != sorted(order) for order in orders):
             fields["head_order"] = orders
-    fields["kvteach"] = {
-        "version": __version__,
-        "plan": plan.as_dict(),
-        "source": asdict(source),
-    }
+    fields["kvteach"] = {"version": __version__, "plan": plan.as_dict(), "source": asdict(source)}
     config = config_class(**fields)
-    state = model.state_dict()
-    layers = [name for name, module in model.named_modules() if module in attention_modules(model)]
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(tuple(f"{at}." for at in layers))
-    }
-    for layer, at in enumerate(layers):
-        for name, tensor in made[layer].items():
-            name = name if source.rotates else name.replace("o_proj", "dense")
-            state[f"{at}.{name}"] = tensor
     with torch.random.fork_rng():  # a new model draws weights, all of which are replaced
         small = model_class._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    small.load_state_dict(state)
+    inside = (".self_attn.", ".self_attention.")
+    kept = {name: x for name, x in model.state_dict().items() if not any(part in name for part in inside)}
+    small.load_state_dict(kept, strict=False)
     small.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
-    return small
+    return small.to(next(model.parameters()).device).eval()

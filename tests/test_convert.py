@@ -475,3 +475,9 @@ def test_the_docstring_names_every_error():
     assert all(word in text for word in ("architecture", "already compressed", "another model", "not finite"))
     assert Source.of(original("llama-mha")) == moments("llama-mha").source
     assert isinstance(small("llama-mha", kv_heads=2), LlamaForCausalLM)
+
+
+def test_names_at_the_top():
+    import kvteach
+
+    assert kvteach.compress is compress and kvteach.Plan is Plan

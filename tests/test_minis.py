@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
     assert (tmp_path / "whole/curve.jsonl").read_text() == (tmp_path / "stopped/curve.jsonl").read_text()
     assert not list(tmp_path.rglob("*.partial"))
 
-    with pytest.raises(ValueError, match="the learning rate already falls|learning rate already"):
+    with pytest.raises(ValueError, match="learning rate already"):
         run("stopped", tokens=20 * 64)
     with pytest.raises(ValueError, match="belongs to another model, text or batch"):
         train.train(SMALL.model(family), ROW[1:], {}, tmp_path / "stopped", 12 * 64, 2, 32)
