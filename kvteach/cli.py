@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     people = sys.stderr if asked.json == "-" else sys.stdout
     try:
+        if asked.json and not Path(asked.json).parent.is_dir():  # before a long run, not after it
+            raise FileNotFoundError(f"--json is {asked.json!r}; its folder does not exist: make it first")
         with contextlib.redirect_stdout(people):
             found, status = asked.run(asked)
         if asked.json == "-":
@@ -363,8 +365,8 @@ def _print_sizes(asked, config, planned=None) -> None:
     rows = [("model", sizes.of(config))] + ([("planned", planned)] if planned else [])
     for name, found in rows:
         print(
-            f"{name + ':':<8} {found.parameters / 1e6:.2f} M parameters, {_bytes(found.parameters * width)} of weights, "
-            f"{found.cached * width} bytes of cache for each token",
+            f"{name + ':':<8} {found.parameters / 1e6:.2f} M parameters, "
+            f"{_bytes(found.parameters * width)} of weights, {found.cached * width} bytes of cache for each token",
             flush=True,
         )
 

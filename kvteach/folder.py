@@ -5,6 +5,7 @@ model. Any transformers that has seen ``import kvteach`` loads it with ``AutoMod
 """
 
 import json
+import os
 import platform
 import shutil
 from importlib.metadata import version
@@ -53,7 +54,7 @@ def save(model, tokenizer, folder, source_name: str, windows=None, measured: dic
     Raises
     ------
     ValueError : the model is not a compressed one.
-    FileExistsError : as for `check`.
+    FileExistsError, PermissionError : as for `check`.
     OSError : the disk is full or cannot be written. Nothing is left behind, then or after Ctrl-C.
     """
     facts = getattr(model.config, "kvteach", None)
@@ -94,7 +95,8 @@ def save(model, tokenizer, folder, source_name: str, windows=None, measured: dic
 def check(folder) -> Path:
     """The absolute path of `folder`, where a model may be written.
 
-    Raises FileExistsError when something is there, or when a killed run has left its half-written folder.
+    Raises FileExistsError when something is there, or when a killed run has left its half-written folder;
+    PermissionError where nothing can be made.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -104,6 +106,9 @@ def check(folder) -> Path:
         raise FileExistsError(
             f"{str(aside)!r} is there, half-written: if no other run is writing it, delete it and start again"
         )
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(f"no folder can be made in {str(above)!r}: name another place")
     return folder
 
 
@@ -113,10 +118,11 @@ def _aside(folder: Path) -> Path:
 
 def _card(name: str, model, facts: dict, measured: dict | None) -> str:
     plan, source = Plan(**facts["plan"]), facts["source_name"]
-    cached = plan.kv_heads or f"a share of {plan.kv_ratio} of the"
+    heads = f"{facts['source']['kv_heads']} key-value heads"
+    cached = f"{plan.kv_ratio:g} of the width of" if plan.kv_heads is None else f"{plan.kv_heads} of"
     made = {
         "original": f"{source}, sha256 of its weights {facts['source']['weights'][:16]}…",
-        "cache": f"{cached} key-value heads of {facts['source']['kv_heads']}, form {plan.form}",
+        "cache": f"{cached} {heads}, form {plan.form}",
         "basis": plan.basis,
         "grouping": plan.grouping,
         "centred": "yes" if plan.centred else "no",

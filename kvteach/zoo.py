@@ -137,8 +137,8 @@ def _explained(name):
         ) from error
     except OSError as error:
         raise OSError(
-            f"cannot load {str(name)!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its spelling and "
-            f"the network; without a network use {_known()}, or a folder that save_pretrained wrote."
+            f"cannot load {str(name)!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its "
+            f"spelling and the network; without a network use {_known()}, or a folder that save_pretrained wrote."
         ) from error
 
 
