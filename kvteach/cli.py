@@ -195,7 +195,7 @@ def spectrum(asked) -> tuple[dict, int]:
     print(f"{'layer':>5}  {'keys before RoPE':>16}  {'keys after RoPE':>16}  {'values':>16}")
     for layer, ranks in enumerate(layers):
         cells = (f"{ranks[kind]['0.9']:>9} / {ranks[kind]['0.99']:<4}" for kind in kinds)
-        print(f"{layer:>5}  {'  '.join(cells)}")
+        print(f"{layer:>5}  {'  '.join(cells)}".rstrip())
     return {"model": asked.model, "width": width, "layers": layers} | _text(windows), 0
 
 

@@ -66,11 +66,11 @@ def test_sizes_of_a_plan_that_does_not_fit():
 )
 def test_what_is_saved_loads_and_says_how_it_was_made(tmp_path, tokenizer, plan):
     small = compressed("llama-mha", plan)
-    before = json.dumps(small.config.to_dict(), default=str)
+    before = dict(small.config.kvteach)
     seen = text.Windows(tiny.ids(4), "some text", "calibration")
     at = folder.save(small, tokenizer, tmp_path / "a/b", "mini-llama", seen, {"perplexity": 1 / 3})
     assert at == (tmp_path / "a/b").resolve() and [path.name for path in at.parent.iterdir()] == ["b"]
-    assert json.dumps(small.config.to_dict(), default=str) == before
+    assert small.config.kvteach == before
     loaded, same = zoo.load(at, device="cpu")
     assert type(loaded) is type(small) and same("a b")["input_ids"] == tokenizer("a b")["input_ids"]
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_only_a_new_or_an_empty_folder_is_written(tmp_path, tokenizer, small):
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
     with pytest.raises(FileExistsError, match="is a file: name a new folder"):
         folder.check(mine / "thesis.tex")
-    with pytest.raises(PermissionError, match="no folder can be made in .*thesis.tex"):
+    with pytest.raises(PermissionError, match=r"no folder can be made in .*thesis\.tex"):
         folder.check(mine / "thesis.tex" / "out")
     (tmp_path / "out.partial").mkdir()
     with pytest.raises(FileExistsError, match=r"out.partial' is there, half-written"):
