@@ -21,6 +21,8 @@ module           what it holds                                                  
 ``sequential``   the same, layer by layer on the compressed model itself               4
 ``models``       the classes of compressed models                                      4
 ``zoo``          models by name, folder or hub id
+``sizes``        parameters and cache of a model from its config, before it is loaded
+``folder``       a compressed model on disk, with a card that says how it was made
 ``evaluate``     perplexity, divergence from the original, lm-eval
 ``layers``       attention and output errors, layer by layer
 ``passkey``      a number hidden in a long text, asked for at the end
@@ -29,6 +31,7 @@ module           what it holds                                                  
 ``widgets``      figures that move
 ``checks``       exercise checks that name the mistake
 ``env``          device, Colab, versions
+``cli``          the command ``kvteach``
 ===============  ====================================================================  ===========
 """
 
@@ -43,11 +46,13 @@ _MODULES = (
     "bases",
     "calibration",
     "checks",
+    "cli",
     "convert",
     "cost",
     "env",
     "evaluate",
     "figures",
+    "folder",
     "grouping",
     "layers",
     "models",
@@ -56,6 +61,7 @@ _MODULES = (
     "plan",
     "rope",
     "sequential",
+    "sizes",
     "svd",
     "text",
     "widgets",
