@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", required=True, metavar="DIR", help="a new or an empty folder")
     made.add_argument("--stock", action="store_true", help="keep the model's own class (form S)")
+    made.add_argument(
+        "--sequential", action="store_true", help="layer by layer: better and several times slower"
+    )
+    made.add_argument(
+        "--reach", type=int, metavar="N", help="with --sequential: positions to serve, beyond --length"
+    )
     made.add_argument("--basis", help="a name of kvteach.bases (default: the best that fits)")
     made.add_argument(
         "--eval-windows",
@@ -201,12 +207,20 @@ def spectrum(asked) -> tuple[dict, int]:
 
 def compress(asked) -> tuple[dict, int]:
     """Calibrate, convert, measure, save. What can fail without the weights fails before they are loaded."""
-    from . import calibration, convert, folder, sizes, zoo
+    from . import calibration, convert, folder, sequential, sizes, zoo
     from . import evaluate as measure
     from .plan import Plan
 
     out = folder.check(asked.out)
-    plan = Plan(kv_heads=asked.kv_heads, kv_ratio=asked.kv_ratio, basis=asked.basis, stock=asked.stock)
+    plan = Plan(
+        kv_heads=asked.kv_heads,
+        kv_ratio=asked.kv_ratio,
+        basis=asked.basis,
+        stock=asked.stock,
+        sequential=asked.sequential,
+    )
+    if asked.reach is not None and not asked.sequential:
+        raise ValueError("--reach moves the windows of a sequential conversion: add --sequential")
     config = zoo.config(asked.model)
     small_sizes = sizes.planned(config, plan)
     _print_sizes(asked, config, small_sizes)
@@ -215,8 +229,11 @@ def compress(asked) -> tuple[dict, int]:
     held_out = None
     if asked.eval_windows:
         held_out = _windows(asked, model, tokenizer, "evaluation", asked.eval_windows)
-    moments = calibration.calibrate(model, windows, attention=plan.basis in ATTENDED)
-    small = convert.compress(model, moments, plan)
+    if plan.sequential:
+        small = sequential.compress(model, windows, plan, asked.reach)
+    else:
+        moments = calibration.calibrate(model, windows, attention=plan.basis in ATTENDED)
+        small = convert.compress(model, moments, plan)
     found = _costs(small, model)
     if held_out is not None:
         found = _compared(measure.compare(small, model, held_out)) | found

@@ -48,8 +48,11 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
     ValueError : an architecture that is not supported, an already compressed model, moments of another model, a plan
         that does not fit the model, or a basis that came out not finite.
     """
-    config = model.config
-    check_family(config)
+    check_family(model.config)
+    if plan.sequential:
+        raise ValueError(
+            "sequential is True; that way reads the text itself: kvteach.sequential.compress(model, windows, plan)"
+        )
     if model.get_output_embeddings() is None:
         raise ValueError("the model has no language-model head: load it with AutoModelForCausalLM")
     source = Source.of(model)

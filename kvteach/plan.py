@@ -33,6 +33,7 @@ class Plan:
     grouping : which heads become one: neighbours (``order``), or those that share most directions (``similarity``).
     centred : let the basis describe deviations from the mean. The mean of keys is dropped, softmax does not see it;
         that of values becomes a constant of the layer's output.
+    sequential : layer by layer on the compressed model's own activations, by `kvteach.sequential.compress`.
     """
 
     kv_heads: int | None = None
@@ -41,6 +42,7 @@ class Plan:
     stock: bool = False
     grouping: str = "order"
     centred: bool = False
+    sequential: bool = False
 
     def __post_init__(self):
         """Refuse what no model could follow, and name the basis that was left open."""
@@ -60,6 +62,11 @@ class Plan:
         if self.basis is None:
             object.__setattr__(self, "basis", "commuting-stock" if self.stock else "attention-weighted")
         method(self.basis)
+        own = self.basis == "attention-weighted" and self.grouping == "order"
+        if self.sequential and (not own or self.stock or self.centred):
+            raise ValueError(
+                "sequential is True; it makes bases of its own, so leave basis, grouping, centred and stock out"
+            )
 
     @property
     def form(self) -> str:

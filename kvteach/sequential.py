@@ -21,6 +21,8 @@ One pass over the layers, no gradients. Held are the two streams (windows · tok
 attention, and for one layer 2 · h matrices of d² and one of (h · r_v)² in float64, with d the width of all keys.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -48,7 +50,7 @@ def compress(model, windows, plan: Plan, reach: int | None = None, progress: boo
     ----------
     model : a LLaMA-, Mistral-, Qwen2- or BLOOM-family model with a language-model head.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens].
-    plan : with the basis ``attention-weighted``, grouping by order, uncentred; form G or R.
+    plan : its dial; everything else as it is by default.
     reach : positions that the model is to serve, when they are more than a window has. Keys that RoPE has turned
         further than any in the calibration are not covered by their basis. So each window but for its first `SINKS`
         tokens, which every text has at its beginning, is moved: the windows are spread evenly up to this position.
@@ -60,16 +62,14 @@ def compress(model, windows, plan: Plan, reach: int | None = None, progress: boo
     ValueError : what `kvteach.convert.compress` raises for model and plan; a plan of another kind; bad windows.
     """
     ids = checked_ids(model, windows)
-    if plan.basis != "attention-weighted" or plan.stock or plan.centred or plan.grouping != "order":
-        raise ValueError(
-            "sequential conversion makes bases of its own: the plan must be attention-weighted, grouped by order, "
-            f"uncentred and not stock, not {plan}"
-        )
+    plan = replace(plan, sequential=True)
     source = Source.of(model)
     groups, key_rank, value_rank = plan.layout(source)
     heads = by_order(source.kv_heads, groups)
     small = build(model, plan, source, [heads] * source.layers)
     stream = _Stream(model, ids, reach)
+    if source.rotates:
+        small.config.kvteach["reach"] = int(stream.positions.max()) + 1  # positions that the bases have seen
     before, after = attention_modules(model), small_modules(small)
     seen: list[Activations] = []
     with (

@@ -120,17 +120,30 @@ def test_the_cache_is_as_small_as_one_shot():
 
 
 @pytest.mark.parametrize(
-    "plan",
-    [
-        Plan(kv_heads=1, basis="activation-svd"),
-        Plan(kv_heads=1, stock=True),
-        Plan(kv_heads=2, grouping="similarity"),
-        Plan(kv_heads=1, centred=True),
-    ],
+    "other", [{"basis": "activation-svd"}, {"stock": True}, {"grouping": "similarity"}, {"centred": True}]
 )
-def test_a_plan_of_another_kind_is_refused(plan):
-    with pytest.raises(ValueError, match="sequential conversion makes bases of its own"):
-        sequential.compress(tiny.MODELS["llama-gqa"](), WINDOWS, plan)
+def test_a_plan_of_another_kind_is_refused(other):
+    model = tiny.MODELS["llama-gqa"]()
+    plan = Plan(kv_heads=1, **({"basis": "score-weighted"} if "centred" in other else {}) | other)
+    with pytest.raises(ValueError, match="makes bases of its own"):
+        sequential.compress(model, WINDOWS, plan)
+    with pytest.raises(ValueError, match="makes bases of its own"):
+        Plan(kv_heads=1, sequential=True, **other)
+
+
+def test_moments_are_not_enough():
+    model = tiny.MODELS["llama-gqa"]()
+    moments = calibrate(model, WINDOWS, attention=True, progress=False)
+    with pytest.raises(ValueError, match="reads the text itself"):
+        compress(model, moments, Plan(kv_heads=1, sequential=True))
+
+
+def test_the_config_says_how_it_was_made():
+    small = sequential.compress(
+        tiny.MODELS["llama-gqa"](), WINDOWS, Plan(kv_heads=1), reach=90, progress=False
+    )
+    assert small.config.kvteach["plan"] == Plan(kv_heads=1, sequential=True).as_dict()
+    assert small.config.kvteach["reach"] == 90
 
 
 def test_a_repeated_token_gives_finite_weights():
