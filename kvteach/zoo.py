@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,7 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     ValueError : an architecture outside `FAMILIES`, or a file whose bytes are not the pinned ones.
     OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from . import env
@@ -95,30 +95,57 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
         raise ValueError("name a device or a device_map, not both")
     if env.bars_off():
         logging.disable_progress_bar()
-    source = _resolve(str(name))
     hub = {key: from_pretrained[key] for key in HUB_OPTIONS if key in from_pretrained}
-    try:
-        check_family(AutoConfig.from_pretrained(source, **hub))
+    found = config(name, **hub)
+    if not found.model_type.startswith("kvteach_"):
+        check_family(found)
+    source = _resolve(str(name))
+    with _explained(name):
         if not Path(source).is_dir():
             _announce_download(source, hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **from_pretrained)
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-    except SafetensorError as error:
-        raise ValueError(
-            f"a weights file of {name!r} is damaged ({error}): delete it and fetch it again"
-        ) from error
-    except OSError as error:
-        raise OSError(
-            f"cannot load {name!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its spelling and "
-            f"the network; without a network use {_known()}, or a folder that save_pretrained wrote."
-        ) from error
     if "device_map" not in from_pretrained:
         model = model.to(device or env.device())
     return model, tokenizer  # from_pretrained has put it into eval mode
 
 
+def config(name: str | os.PathLike, **hub):
+    """The transformers config of a model, compressed ones included: a few kB, no weights.
+
+    Parameters and errors as for `load`; `hub` are `HUB_OPTIONS`.
+    """
+    from transformers import AutoConfig
+
+    from . import models  # noqa: F401  (enters the classes of compressed models into transformers' tables)
+
+    source = _resolve(str(name))
+    with _explained(name):
+        return AutoConfig.from_pretrained(source, **hub)
+
+
+@contextmanager
+def _explained(name):
+    """Errors of transformers, told with what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"a weights file of {str(name)!r} is damaged ({error}): delete it and fetch it again"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"cannot load {str(name)!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its "
+            f"spelling and the network; without a network use {_known()}, or a folder that save_pretrained wrote."
+        ) from error
+
+
 def check_family(config) -> str:
     """The family (``llama`` or ``bloom``) of a transformers config; ValueError for any other architecture."""
+    if config.model_type.startswith("kvteach_"):
+        raise ValueError("the model is compressed already: take the one that it was made from")
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; kvteach reads {', '.join(FAMILIES)} models"

@@ -76,10 +76,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
     assert (tmp_path / "whole/curve.jsonl").read_text() == (tmp_path / "stopped/curve.jsonl").read_text()
     assert not list(tmp_path.rglob("*.partial"))
 
-    with pytest.raises(ValueError, match="the learning rate already falls"):
+    with pytest.raises(ValueError, match="learning rate already"):
         run("stopped", tokens=20 * 64)
     with pytest.raises(ValueError, match="belongs to another model, text or batch"):
         train.train(SMALL.model(family), ROW[1:], {}, tmp_path / "stopped", 12 * 64, 2, 32)
+
+
+def test_a_run_shortened_before_its_decay_is_a_short_run(tmp_path, monkeypatch):
+    def run(folder, steps):
+        model = SMALL.model("llama")
+        train.train(model, ROW, {}, tmp_path / folder, steps * 64, 2, 32)
+        return model.state_dict()
+
+    def stop_at_twelve(row, step, *rest):
+        if step == 12:
+            raise KeyboardInterrupt
+        return real(row, step, *rest)
+
+    planned = run("planned", 20)  # decays from step 14
+    clock, real = iter(range(0, 10**6, 61)), train.batch_of
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train, "batch_of", stop_at_twelve)
+    with pytest.raises(KeyboardInterrupt):
+        run("shortened", 30)
+    monkeypatch.setattr(train, "batch_of", real)
+    shortened = run("shortened", 20)
+    assert all(torch.equal(planned[name], shortened[name]) for name in planned)
 
 
 def test_an_epoch_sees_each_window_once_and_the_next_in_another_order():

@@ -114,9 +114,9 @@ language model to talk to: it is small, and it has read only a little.
 {config.num_attention_heads} heads, hidden size {config.hidden_size}, {config.vocab_size} tokens of byte-level BPE.
 - Text: docstrings of installed Python packages (`kvteach/minis/data.py` lists them), and the calibration sides of
   {" and ".join(data.TEXTS)}; {text_tokens / 1e6:.1f} million tokens. The evaluation sides are left
-  out, and so is every docstring that stands there word for word; near copies in other packages were not searched for.
+  out, and so is every docstring that stands in one word for word; near copies in other packages were not searched for.
 - Training: {found["tokens"] / 1e6:.2f} million tokens in {found["seconds"]} seconds, windows of 512, four a step,
-  AdamW; Python {platform.python_version()}, {versions}. made by
+  AdamW; Python {platform.python_version()}, {versions}. Made by
   `python -m kvteach.minis.train {name} --tokens {found["tokens"]}`; seconds are of a busy machine's clock.
 - Weights are stored in float16 and load as float32; all numbers here are measured with the stored weights.
 

@@ -5,8 +5,8 @@ the run linearly to zero ("warmup–stable–decay"). All before the decay is th
 stopped may be taken up with more tokens or fewer, and gives what a run planned like that from the start would give.
 
 A run is a folder: ``tokenizer/``, ``checkpoint.safetensors`` (weights and AdamW's two moments, written aside and
-renamed once a minute), ``curve.jsonl``, and at the end ``model/`` as `save_pretrained` writes it, with its card. Which
-windows a step sees depends on the seed and the step alone, so the same command after a Ctrl-C or a crash goes on
+renamed once a minute), ``curve.jsonl``, and at the end the model as `save_pretrained` writes it, with its card.
+Which windows a step sees depends on the seed and the step alone, so the same command after a Ctrl-C or a crash goes on
 where it was.
 """
 
