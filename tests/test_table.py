@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "book" / "_tools"))
 
-import table  # noqa: E402
+import table
 
 STORED = json.loads(table.FILE.read_text("utf-8"))
 ROWS = STORED["rows"]
