@@ -13,7 +13,7 @@ FRAME := _config.yml _toc.yml constraints.txt $(wildcard book/_ext/*.py book/_st
 BUILT := _build/built
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test lint unit notebooks site outputs colab constraints setup weights clean
+.PHONY: help book serve test lint unit notebooks site outputs table colab constraints setup weights clean
 .NOTPARALLEL:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint|unit|notebooks|site one part of it'
 	@echo 'make outputs                  run the notebooks again and store what they print'
 	@echo 'make outputs PAGE=book/x.ipynb  one of them'
+	@echo 'make table                    compute what is missing of the long table of chapter 4'
 	@echo 'make colab                    run the chapters with the versions that Colab has'
 	@echo 'make constraints              move the pinned versions to the newest allowed'
 	@echo 'make clean                    remove what was built; remove .venv as well to start all over'
@@ -70,6 +71,10 @@ site: book
 
 outputs: weights
 	@$(RUN) book/_tools/refresh.py $(PAGE)
+
+# Tens of minutes; it goes on where it was stopped.
+table: weights
+	@$(RUN) book/_tools/table.py
 
 colab: weights
 	@$(BIN)/python book/_tools/colab.py

@@ -15,16 +15,29 @@ module           what it holds                                                  
 ``calibration``  the run that streams those sums through a model                       2
 ``rope``         the rotation, and what it does to second moments                      3
 ``bases``        what to keep of a group of heads, one method a file                   4
+``plan``         what a compressed model is to look like                               4
+``grouping``     which heads are cached together                                       4
+``convert``      model + moments + plan → a model with a small cache                   4
+``sequential``   the same, layer by layer on the compressed model itself               4
+``models``       the classes of compressed models                                      4
 ``zoo``          models by name, folder or hub id
+``sizes``        parameters and cache of a model from its config, before it is loaded
+``folder``       a compressed model on disk, with a card that says how it was made
+``evaluate``     perplexity, divergence from the original, lm-eval
+``layers``       attention and output errors, layer by layer
+``passkey``      a number hidden in a long text, asked for at the end
 ``text``         calibration and evaluation windows
 ``figures``      one look for every plot
 ``widgets``      figures that move
 ``checks``       exercise checks that name the mistake
 ``env``          device, Colab, versions
+``cli``          the command ``kvteach``
 ===============  ====================================================================  ===========
 """
 
 from importlib import import_module
+
+from . import _register
 
 __version__ = "0.1.0"
 
@@ -33,11 +46,22 @@ _MODULES = (
     "bases",
     "calibration",
     "checks",
+    "cli",
+    "convert",
     "cost",
     "env",
+    "evaluate",
     "figures",
+    "folder",
+    "grouping",
+    "layers",
+    "models",
     "moments",
+    "passkey",
+    "plan",
     "rope",
+    "sequential",
+    "sizes",
     "svd",
     "text",
     "widgets",
@@ -45,11 +69,19 @@ _MODULES = (
 )
 
 
+_NAMES = {"compress": "convert", "Plan": "plan"}  # the two that a reader types most
+
+
 def __getattr__(name: str):
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"kvteach has no {name!r}; it has {', '.join(_MODULES)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_MODULES, *_NAMES])
+
+
+_register.watch()  # for AutoModelForCausalLM.from_pretrained of a compressed folder

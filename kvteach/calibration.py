@@ -6,6 +6,7 @@ stopped at any moment, and go on from there to the same bits.
 
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -146,7 +147,15 @@ def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tens
 
 
 def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
-    """The two attention-weighted grams.
+    """The two attention-weighted grams, averaged over query heads."""
+    sums, heads = torch.zeros((), dtype=torch.float64), activations.attention.shape[1]
+    for pair in attended(activations):
+        sums = sums.to(pair.device) + pair
+    return {"keys_attended": (None, sums[0] / heads), "values_attended": (None, sums[1] / heads)}
+
+
+def attended(activations: Activations) -> Iterator[Tensor]:
+    """For one query head after another the attention-weighted grams of keys and of values, float64 [2, d, d].
 
     The error of one softmax row is the variance of its score errors under the row itself, since a shift common to
     all scores changes nothing. Summed over the queries q of head j, with w_m = Σ_q A_j[q, m]:
@@ -154,20 +163,16 @@ def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
         Σ_q Cov_{A_j[q]}(k) = Σ_m w_m k_mᵀ k_m − (A_j K)ᵀ (A_j K)
     """
     weights = activations.attention  # [batch, query heads, tokens, tokens]
-    heads = weights.shape[1]
     # [batch, tokens, kv heads * d_h] both
     keys, values = _wide(activations.keys_post), _wide(activations.values)
     keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
-    read = torch.zeros(2, keys.shape[-1], keys.shape[-1], dtype=torch.float64, device=keys.device)
-    for j in range(heads):  # one head at a time: [batch, query heads, tokens, kv heads * d_h] would be large
-        for n, x in enumerate((keys, values)):
-            # [batch, tokens, tokens] · [batch, tokens, kv heads * d_h] -> [batch * tokens, kv heads * d_h]
-            rows = (weights[:, j].to(x.dtype) @ x).flatten(0, 1).double()
-            read[n] += rows.T @ rows
-    received = weights.double().sum((1, 2)).ravel()  # w, summed over heads: [batch * tokens]
     rows = keys.flatten(0, 1).double()
-    spread = rows.T @ (received[:, None] * rows) - read[0]
-    return {"keys_attended": (None, spread / heads), "values_attended": (None, read[1] / heads)}
+    for j in range(weights.shape[1]):  # [batch, query heads, tokens, kv heads * d_h] would be large
+        # [batch, tokens, tokens] · [batch, tokens, kv heads * d_h] -> [batch * tokens, kv heads * d_h]
+        read = [(weights[:, j].to(x.dtype) @ x).flatten(0, 1).double() for x in (keys, values)]
+        received = weights[:, j].double().sum(1).ravel()  # w: [batch * tokens]
+        spread = rows.T @ (received[:, None] * rows) - read[0].T @ read[0]
+        yield torch.stack([spread, read[1].T @ read[1]])
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,18 +1,23 @@
 """Calibration and evaluation windows: `windows` turns a named text into equal rows of token ids.
 
-==================  ===================================================================================
-``pydoc-topics``    the help texts of Python itself (``pydoc_data.topics``): English, on every machine
-``wikitext-2``      from the Hugging Face hub, through the `datasets` library
-``c4``              the same
-a file or folder    text of your own: one document a file, or one a paragraph of a single file
-==================  ===================================================================================
+=====================  ===================================================================================
+``pydoc-topics``       the help texts of Python itself (``pydoc_data.topics``): English, on every machine
+``stdlib-docstrings``  the docstrings of Python's standard library, one document a module file; read, not imported
+``wikitext-2``         from the Hugging Face hub, through the `datasets` library
+``c4``                 the same
+a file or folder       text of your own: one document a file, or one a paragraph of a single file
+=====================  ===================================================================================
 
 Documents go to calibration or evaluation by a hash of their name, so that no document is ever on both sides and
-the split is the same on every machine. Python's help texts change a little with each minor version of Python;
+the split is the same on every machine. Python's own texts change a little with each minor version of Python;
 `Windows.fingerprint` tells two texts apart, and pages print it beside their numbers.
 """
 
+import ast
 import hashlib
+import os
+import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +33,9 @@ HUB = {
     ),
     "c4": ("allenai/c4", "en", {"calibration": "train", "evaluation": "validation"}),
 }
+
+# Folders whose docstrings are no prose of the package, or belong to another one.
+_PASSED_OVER = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ def windows(
     ValueError : an unknown split, a count or length below one, a text that is too short (its size is named), or a
         file that is not UTF-8.
     LookupError : an unknown text.
+    FileNotFoundError : a Python without the sources of its standard library.
     ConnectionError : a hub text without a network; another text is never taken in its place.
     """
     import torch
@@ -97,18 +106,56 @@ def documents(text: str, split: str) -> Iterator[str]:
     if text == "pydoc-topics":
         from pydoc_data.topics import topics
 
-        return _side(topics.items(), split)
+        return (topics[name] for name in _side(topics, split))
+    if text == "stdlib-docstrings":
+        return ("\n\n".join(found) for found in stdlib_docstrings(split) if found)
     if text in HUB:
         return _hub_rows(text, split)
     if (path := Path(text).expanduser()).is_dir():
         files = [file for file in path.rglob("*") if file.suffix in {".txt", ".md"} and file.is_file()]
-        return _side(((file.relative_to(path).as_posix(), _read(file)) for file in files), split)
+        names = _side((file.relative_to(path).as_posix() for file in files), split)
+        return (_read(path / name) for name in names)
     if path.is_file():
-        paragraphs = _read(path).split("\n\n")
-        return _side(((paragraph, paragraph) for paragraph in paragraphs if paragraph.strip()), split)
+        return _side((part for part in _read(path).split("\n\n") if part.strip()), split)
     raise LookupError(
-        f"no text {text!r}: name pydoc-topics, {', '.join(HUB)}, or a file or folder of .txt or .md"
+        f"no text {text!r}: name pydoc-topics, stdlib-docstrings, {', '.join(HUB)}, or a file or folder of .txt "
+        "or .md"
     )
+
+
+def python_files(folder: Path) -> Iterator[str]:
+    """Names, relative to `folder` and with ``/``, of its ``.py`` files; tests and other packages are passed over."""
+    for top, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - _PASSED_OVER)
+        for file in sorted(files):
+            if file.endswith(".py"):
+                yield (Path(top) / file).relative_to(folder).as_posix()
+
+
+def docstrings(file: Path) -> list[str]:
+    """The docstrings of a Python file in their order. It is parsed, never run; what does not parse has none."""
+    try:
+        with warnings.catch_warnings():  # old files hold escapes that Python now warns of
+            warnings.simplefilter("ignore")
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line, it comes first
+    return [body for node in nodes if (body := ast.get_docstring(node))]
+
+
+def stdlib_docstrings(split: str) -> Iterator[list[str]]:
+    """The docstrings of each standard-library file of one side; FileNotFoundError where sources are not installed."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = list(python_files(folder))
+    if not names:
+        raise FileNotFoundError(
+            f"the sources of Python's standard library are not in {str(folder)!r}: install a Python that brings "
+            "them, or take 'pydoc-topics', which is on every machine"
+        )
+    return (docstrings(folder / name) for name in _side(names, split))
 
 
 def _read(file: Path) -> str:
@@ -119,10 +166,10 @@ def _read(file: Path) -> str:
         raise ValueError(f"{str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _side(named: Iterable[tuple[str, str]], split: str) -> Iterator[str]:
-    """The bodies whose name hashes to `split` (two of three to calibration), in the order of that hash."""
-    hashed = sorted((hashlib.sha256(name.encode()).digest(), body) for name, body in named)
-    return (body for digest, body in hashed if SPLITS[digest[-1] % 3 == 0] == split)
+def _side(names: Iterable[str], split: str) -> Iterator[str]:
+    """The names that hash to `split` (two of three to calibration), in the order of that hash."""
+    hashed = sorted((hashlib.sha256(name.encode()).digest(), name) for name in names)
+    return (name for digest, name in hashed if SPLITS[digest[-1] % 3 == 0] == split)
 
 
 def _hub_rows(text: str, split: str) -> Iterator[str]:

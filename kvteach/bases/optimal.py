@@ -74,6 +74,17 @@ def _roots(weights: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.block_diag(*((vectors * part[:, None]) @ vectors.mT)) for part in (root, inverse))
 
 
+def pseudo_inverse(matrix: Tensor) -> Tensor:
+    """Of a positive semidefinite [d, d]; eigenvalues that are rounding stay zero.
+
+    >>> pseudo_inverse(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+    tensor([[0.2500, 0.0000],
+            [0.0000, 0.0000]])
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * torch.where(values > _floor(values), 1 / values, 0)) @ vectors.mT
+
+
 def _floor(values: Tensor) -> Tensor:
     """Eigenvalues up to this are rounding: their number × machine epsilon × the largest."""
     return values.numel() * torch.finfo(values.dtype).eps * values.max().clamp(min=0)

@@ -1,0 +1,196 @@
+"""The long table of chapter 4: what each basis loses at each size of the cache. `make table` writes book/data/bases.json.
+
+Each row is one model, compressed once and compared with the original on the same windows. A row that is in the file is
+not computed again, and the file is replaced in one move after each row, so the run can be stopped at any moment. The
+rows are in order of importance, for who cannot wait. Delete the file to start anew.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvteach import Plan, compress, text, zoo
+from kvteach.bases import METHODS
+from kvteach.calibration import calibrate
+from kvteach.evaluate import Reference, compare
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "book" / "data" / "bases.json"
+TOKENS = 32 * 512  # of calibration, whatever the length of its windows
+THREADS = 1  # the last digits of a sum depend on how many threads share it
+POOLED = ("mean-pool", "procrustes", "commuting-stock")  # make heads of the old width, so they know no ratio
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row is about: all but the result.
+
+    Attributes
+    ----------
+    basis : a name of `kvteach.bases.METHODS`, or ``original``.
+    text, length, windows : what the model is compared on: the first windows of the evaluation side.
+    calibrated : length of the calibration windows, always of pydoc-topics and `TOKENS` in all.
+    """
+
+    model: str
+    basis: str
+    kv_heads: int | None = None
+    kv_ratio: float | None = None
+    text: str = "pydoc-topics"
+    length: int = 512
+    windows: int = 16
+    calibrated: int = 512
+
+
+def cases() -> list[Case]:
+    """All rows, the most important first."""
+    found = []
+    for model in ("mini-llama", "mini-bloom"):
+        found.append(Case(model, "original"))
+        found += [Case(model, basis, heads) for heads in (4, 2, 1) for basis in _bases(model)]
+    found += _smol()
+    long = {"length": 2048, "windows": 4}
+    for model in ("mini-llama", "mini-bloom"):
+        found.append(Case(model, "original", **long))
+        found += [Case(model, basis, 2, **long) for basis in _bases(model)]
+        found += [Case(model, basis, 2, **long, calibrated=2048) for basis in _bases(model)]
+    return found
+
+
+def _bases(model: str) -> list[str]:
+    """Those that the model can hold: without RoPE there is nothing to commute with."""
+    return [basis for basis in METHODS if model != "mini-bloom" or not basis.startswith("commuting")]
+
+
+def _smol() -> list[Case]:
+    """SmolLM2: eight windows, or three of 2048 tokens; the time is in the vocabulary of 49152."""
+    name, short = "smollm2-135m", {"windows": 8}
+    long = {"length": 2048, "windows": 3}
+    other = {"text": "stdlib-docstrings", "windows": 8}
+    first = ("activation-svd", "attention-weighted")
+    found = [Case(name, "original", **short)]
+    for ratio in (0.5, 0.33):
+        found += [Case(name, basis, kv_ratio=ratio, **short) for basis in first]
+    found.append(Case(name, "original", **long))
+    found += [Case(name, basis, kv_ratio=0.5, **long) for basis in (*first, "commuting-attended")]
+    found.append(Case(name, "attention-weighted", kv_ratio=0.5, **long, calibrated=2048))
+    found.append(Case(name, "original", **other))
+    found += [Case(name, basis, kv_ratio=0.5, **other) for basis in first]
+    found += [Case(name, basis, kv_heads=1, **short) for basis in ("mean-pool", "procrustes")]
+    for ratio in (0.5, 0.33, 0.67, 0.25):
+        for basis in (*first, "score-weighted", "commuting-attended", "weight-svd", "commuting"):
+            if (case := Case(name, basis, kv_ratio=ratio, **short)) not in found:
+                found.append(case)
+    return [*found, Case(name, "commuting-stock", kv_heads=1, **short)]
+
+
+@functools.lru_cache(maxsize=1)
+def _load(model: str):
+    return zoo.load(model, device="cpu")
+
+
+@functools.lru_cache(maxsize=1)
+def _moments(name: str, length: int):
+    """Calibrated once, kept in _build."""
+    model, tokenizer = _load(name)
+    path = ROOT / "_build" / "moments" / f"{name}-{length}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return calibrate(model, text.windows(tokenizer, TOKENS // length, length), attention=True, path=path)
+
+
+@functools.lru_cache(maxsize=3)
+def _reference(name: str, source: str, length: int, count: int):
+    """The original's side, and the fingerprint of the windows."""
+    model, tokenizer = _load(name)
+    windows = text.windows(tokenizer, count, length, "evaluation", source)
+    return Reference.of(model, windows), windows.fingerprint
+
+
+def result(case: Case) -> dict:
+    """The case and what was measured: the row as it stands in the file."""
+    start = time.perf_counter()
+    model, tokenizer = _load(case.model)
+    reference, fingerprint = _reference(case.model, case.text, case.length, case.windows)
+    small = model
+    if case.basis != "original":
+        plan = Plan(kv_heads=case.kv_heads, kv_ratio=case.kv_ratio, basis=case.basis)
+        small = compress(model, _moments(case.model, case.calibrated), plan)
+    found = compare(small, reference)
+    read = text.windows(tokenizer, TOKENS // case.calibrated, case.calibrated)
+    return dataclasses.asdict(case) | {
+        "ratio": found.ratio,
+        "ratio_error": found.ratio_error,
+        "kl": found.divergence,
+        "agreement": found.agreement,
+        "perplexity": found.score.perplexity,
+        "bytes_per_token": cached_bytes(small, reference.ids[:1, :8]) // 8,
+        "fingerprint": fingerprint,
+        "calibration_fingerprint": read.fingerprint,
+        "seconds": round(time.perf_counter() - start, 1),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+@torch.no_grad()
+def cached_bytes(model, ids) -> int:
+    """Bytes of the tensors that the model leaves in its cache, counted."""
+    layers = model(ids, use_cache=True).past_key_values.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def made_with() -> dict:
+    """Where the rows come from. Nothing is drawn at random, so there is no seed."""
+    versions = {name: importlib.metadata.version(name) for name in ("kvteach", "torch", "transformers")}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "device": "cpu",
+        "threads": THREADS,
+        "calibration": f"pydoc-topics, {TOKENS} tokens",
+        "seed": None,
+        "bytes_per_number": 4,
+    }
+
+
+def write(rows: list[dict]) -> None:
+    """Replace the file in one move."""
+    FILE.parent.mkdir(exist_ok=True)
+    beside = FILE.with_suffix(".new")
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    beside.write_text(f'{{"made with": {json.dumps(made_with())},\n "rows": [\n{lines}\n]}}\n', "utf-8")
+    beside.replace(FILE)
+
+
+def of(row: dict) -> Case:
+    """The case that a row belongs to."""
+    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+
+
+def main() -> None:
+    """Compute what is missing."""
+    torch.set_num_threads(THREADS)
+    os.environ["TQDM_DISABLE"] = "1"
+    rows = json.loads(FILE.read_text("utf-8"))["rows"] if FILE.exists() else []
+    done = {of(row) for row in rows}
+    for case in cases():
+        if case not in done:
+            rows.append(result(case))
+            write(rows)
+            print(f"{rows[-1]['ratio']:10.3f} {rows[-1]['seconds']:6.1f} s  {case}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped: the rows that were finished are kept.")

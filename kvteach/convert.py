@@ -1,0 +1,241 @@
+"""Conversion: model + moments + plan → a model with a small cache.
+
+With rows of activations on the left, group γ of t key-value heads, encoder E and decoder D = [D_1 … D_t] of its basis:
+
+    keys      W̃_K = [W_K1 … W_Kt] E        W̃_Q^j = W_Q^j D_iᵀ        q̃_j · c = q_j · (k_γ E D)_i = q_j · k̂_i
+    values    W̃_V = [W_V1 … W_Vt] E        W̃_O^j = D_i W_O^j         a_j c W̃_O^j = a_j v̂_i W_O^j
+
+(Yu et al., 2024, section 3.3); j is a query head that reads head i of the group. Biases go the same way. RoPE stands
+between W_K and the product, so a basis that does not commute with it cannot enter W_K and W_Q: E and D_iᵀ are then kept
+as matrices of their own, applied after the rotation (form G or R, `kvteach.models.llama`).
+
+Centred: what E and D describe is x − μ. A constant in all keys moves all scores of a query alike, so nothing is to be
+done for it. Softmax weights sum to 1, so the values' constant adds Σ_j (μ − μ E D)_i W_O^j to the output.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import __version__
+from .activations import attention_modules
+from .bases import METHODS, Basis
+from .env import bars_off
+from .grouping import by_order, by_similarity
+from .moments import Moments, Source
+from .plan import Plan
+from .zoo import check_family
+
+
+def compress(model, moments: Moments, plan: Plan, progress: bool = True):
+    """A new model with a small cache; `model` stays as it is, and shares no tensor with it.
+
+    Parameters
+    ----------
+    model : a LLaMA-, Mistral-, Qwen2- or BLOOM-family model with a language-model head.
+    moments : of this very model, from `kvteach.calibration.calibrate`.
+    plan : what to make of it.
+
+    Returns
+    -------
+    A transformers ``PreTrainedModel`` of the same dtype, on the same device, in eval mode. With ``plan.stock`` it is of
+    the class of `model`, else of one in `kvteach.models`.
+
+    Raises
+    ------
+    ValueError : an architecture that is not supported, an already compressed model, moments of another model, a plan
+        that does not fit the model, or a basis that came out not finite.
+    """
+    check_family(model.config)
+    if plan.sequential:
+        raise ValueError(
+            "sequential is True; that way reads the text itself: kvteach.sequential.compress(model, windows, plan)"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError("the model has no language-model head: load it with AutoModelForCausalLM")
+    source = Source.of(model)
+    if moments.source != source:
+        raise ValueError(
+            "these moments belong to another model (its shape, its weights or its dtype): calibrate this one"
+        )
+    groups, key_rank, value_rank = plan.layout(source)
+    layers = range(source.layers)
+    grouped = [
+        by_order(source.kv_heads, groups)
+        if plan.grouping == "order"
+        else by_similarity(moments, layer, groups)
+        for layer in layers
+    ]
+    small = build(model, plan, source, grouped)
+    modules, new = attention_modules(model), small_modules(small)
+    for layer in tqdm(layers, "compressing", disable=not progress or bars_off()):
+        bases = [
+            METHODS[plan.basis](moments, layer, group, key_rank, value_rank, plan.centred)
+            for group in grouped[layer]
+        ]
+        fill(new[layer], read(modules[layer]), grouped[layer], bases)
+    return small
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention in float64, heads apart. Weights are [heads, d_h, hidden], biases [heads, d_h] or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor  # [query heads, d_h, hidden], W_O^j
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
+    output_bias: Tensor | None  # [hidden]
+
+
+def read(module) -> Attention:
+    """The attention of one module of the LLaMA or BLOOM family, on the CPU."""
+    d_h, fused = module.head_dim, hasattr(module, "query_key_value")
+
+    def apart(tensor):  # [heads · d_h, …] -> float64 [heads, d_h, …]
+        return None if tensor is None else tensor.detach().cpu().double().unflatten(0, (-1, d_h))
+
+    if fused:  # [heads · 3 · d_h, …] -> [heads · d_h, …] for queries, keys and values
+        weight, bias = (
+            part.unflatten(0, (-1, 3, d_h)).transpose(0, 1).flatten(1, 2)
+            for part in (module.query_key_value.weight, module.query_key_value.bias)
+        )
+    else:
+        projections = module.q_proj, module.k_proj, module.v_proj
+        weight, bias = zip(*((part.weight, part.bias) for part in projections), strict=True)
+    last = module.dense if fused else module.o_proj
+    return Attention(
+        *(apart(part) for part in weight),
+        apart(last.weight.T),
+        *(apart(part) for part in bias),
+        None if last.bias is None else last.bias.detach().cpu().double(),
+    )
+
+
+def fill(module, attention: Attention, heads: list[list[int]], bases: list[Basis], decoders=None) -> None:
+    """Give a small attention module its weights; nn.Linear keeps them as [out, in].
+
+    Parameters
+    ----------
+    module : with `k_down` and `q_map` it keeps the keys' basis apart, else the basis goes into the weights.
+    heads : for each group the key-value heads in it.
+    decoders : for each group those of its query heads, keys' [readers of the group, r_k, d_h] and values'; by default
+        D_i of the basis, the same for all that read head i.
+    """
+    absorb, last = not hasattr(module, "k_down"), "dense" if hasattr(module, "dense") else "o_proj"
+    biased = attention.key_bias is not None
+    readers = len(attention.query) // len(attention.key)  # query heads that read one key-value head
+    parts = {name: [] for name in ("q_proj", "k_proj", "v_proj", last)}
+    biases = {name: [] for name in ("q_proj", "k_proj", "v_proj")}
+    maps, constant = [], torch.zeros(attention.output.shape[-1], dtype=torch.float64)
+    if attention.output_bias is not None:
+        constant = attention.output_bias.clone()
+    for number, (group, basis) in enumerate(zip(heads, bases, strict=True)):
+        sides = (basis.keys, basis.values)
+        held = [part for side in sides for part in (side.encode, side.decode, side.mean) if part is not None]
+        if not all(torch.isfinite(part).all() for part in held):
+            raise ValueError(f"the basis of heads {group} holds NaN or infinity: check the calibration text")
+        encode = basis.keys.encode  # [t · d_h, r_k]
+        key_decoders, value_decoders = (
+            decoders[number] if decoders else (_each(side, len(group), readers) for side in sides)
+        )
+        reading = _readers(group, readers)
+        key, value = (
+            attention.key[group].flatten(0, 1),
+            attention.value[group].flatten(0, 1),
+        )  # [t · d_h, hidden]
+        parts["k_proj"].append(encode.T @ key if absorb else key)
+        parts["v_proj"].append(basis.values.encode.T @ value)
+        query = attention.query[reading]  # [readers of the group, d_h, hidden]
+        parts["q_proj"].append((key_decoders @ query if absorb else query).flatten(0, 1))
+        parts[last].append((value_decoders @ attention.output[reading]).flatten(0, 1))
+        maps.append(key_decoders.mT)  # [readers of the group, d_h, r_k]
+        if biased:
+            key, query = (
+                attention.key_bias[group].ravel(),
+                attention.query_bias[reading],
+            )  # [t · d_h], [readers, d_h]
+            biases["k_proj"].append(key @ encode if absorb else key)
+            biases["v_proj"].append(attention.value_bias[group].ravel() @ basis.values.encode)
+            biases["q_proj"].append(((key_decoders @ query[..., None])[..., 0] if absorb else query).ravel())
+        if (mean := basis.values.mean) is not None:
+            rest = (mean - mean @ basis.values.encode @ basis.values.decode).unflatten(0, (len(group), -1))
+            # Σ_j (μ − μ E D)_i W_O^j: [readers of the group, 1, d_h] · [readers of the group, d_h, hidden]
+            constant = constant + (
+                rest.repeat_interleave(readers, 0)[:, None] @ attention.output[reading]
+            ).sum((0, 1))
+    found = {f"{name}.weight": torch.cat(part) for name, part in parts.items()}
+    found[f"{last}.weight"] = found[f"{last}.weight"].T
+    if biased:
+        found |= {f"{name}.bias": torch.cat(part) for name, part in biases.items()}
+    if getattr(module, last).bias is not None:
+        found[f"{last}.bias"] = constant
+    if not absorb:
+        found |= {"k_down": torch.stack([basis.keys.encode for basis in bases]), "q_map": torch.cat(maps)}
+    module.load_state_dict(found)
+
+
+def _each(side, heads: int, readers: int) -> Tensor:
+    """The decoder of each query head: [r, t · d_h] -> [t · readers, r, d_h]."""
+    return side.decode.unflatten(1, (heads, -1)).transpose(0, 1).repeat_interleave(readers, 0)
+
+
+def _readers(group: list[int], readers: int) -> list[int]:
+    """The query heads that read the heads of a group, in the order of the compressed layer."""
+    return [j for head in group for j in range(head * readers, (head + 1) * readers)]
+
+
+def small_modules(small) -> list:
+    """The attention module of each layer of a compressed model."""
+    body = small.base_model
+    return (
+        [block.self_attention for block in body.h]
+        if hasattr(body, "h")
+        else [block.self_attn for block in body.layers]
+    )
+
+
+def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
+    """The compressed model with the original's weights, copied, but for those of attention, which `fill` sets.
+
+    `grouped` holds for each layer the groups of key-value heads. ValueError as for `compress`.
+    """
+    from .models import CLASSES
+
+    groups, key_rank, value_rank = plan.layout(source)
+    fields = model.config.to_dict()
+    for name in ("architectures", "model_type", "transformers_version", "dtype"):
+        fields.pop(name, None)
+    fields["num_key_value_heads"] = groups
+    if plan.stock:
+        if plan.centred and not getattr(model.config, "attention_bias", False):
+            raise ValueError(
+                f"centred is True; the mean of the values needs a bias in the output, which this "
+                f"{model.config.model_type} model has not: leave centred out, or leave stock out"
+            )
+        config_class, model_class = type(model.config), type(model)
+    else:
+        config_class, _, model_class = CLASSES[model.config.model_type]
+        fields |= {"source_key_value_heads": source.kv_heads, "key_rank": key_rank, "value_rank": value_rank}
+        readers = source.query_heads // source.kv_heads
+        orders = [_readers([head for group in heads for head in group], readers) for heads in grouped]
+        if source.rotates:
+            fields["output_bias"] = plan.centred
+        elif any(order != sorted(order) for order in orders):
+            fields["head_order"] = orders
+    fields["kvteach"] = {"version": __version__, "plan": plan.as_dict(), "source": asdict(source)}
+    config = config_class(**fields)
+    with torch.random.fork_rng():  # a new model draws weights, all of which are replaced
+        small = model_class._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    inside = (".self_attn.", ".self_attention.")
+    kept = {name: x for name, x in model.state_dict().items() if not any(part in name for part in inside)}
+    small.load_state_dict(kept, strict=False)
+    small.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
+    return small.to(next(model.parameters()).device).eval()

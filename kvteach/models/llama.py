@@ -1,0 +1,230 @@
+"""LLaMA, Mistral and Qwen2 with a small cache (forms G and R).
+
+    k = RoPE(x W_K)            all n heads of the original, side by side in g groups of n / g heads
+    c = k_γ E_γ                [t · d_h] -> [r_k], cached        (`k_down`)
+    q̃ = RoPE(x W_Q^j) M_j      [d_h] -> [r_k], M_j = D_γ,iᵀ      (`q_map`)
+    o = softmax(q̃ cᵀ / √d_h) v        v = x W_V E, cached as [r_v]; its decoder is inside W_O
+
+Query heads stand in the order of their groups, so grouped-query attention finds them. The scale stays 1/√d_h.
+
+In decoding, the query heads of a group are folded into query positions: [B, h, 1, r] is viewed as [B, g, h/g, r]. The
+group's keys and values are then read once, in place. Repeating them for each query head, or ``enable_gqa`` on a CPU,
+would give the gain of the small cache away.
+"""
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+
+class KvteachLlamaConfig(LlamaConfig):
+    """LlamaConfig and the fields of `kvteach.models`."""
+
+    model_type = "kvteach_llama"
+    base_model_tp_plan = None  # LLaMA's would shard the basis wrongly
+    source_key_value_heads: int | None = None
+    key_rank: int | None = None
+    value_rank: int | None = None
+    output_bias: bool = False
+    kvteach: dict | None = None
+
+
+class KvteachMistralConfig(MistralConfig):
+    """MistralConfig and the fields of `kvteach.models`."""
+
+    model_type = "kvteach_mistral"
+    base_model_tp_plan = None
+    source_key_value_heads: int | None = None
+    key_rank: int | None = None
+    value_rank: int | None = None
+    output_bias: bool = False
+    kvteach: dict | None = None
+
+
+class KvteachQwen2Config(Qwen2Config):
+    """Qwen2Config and the fields of `kvteach.models`."""
+
+    model_type = "kvteach_qwen2"
+    base_model_tp_plan = None
+    source_key_value_heads: int | None = None
+    key_rank: int | None = None
+    value_rank: int | None = None
+    output_bias: bool = False
+    kvteach: dict | None = None
+
+
+class _SmallCache:
+    """What the three attention classes have in common."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        h, g, d_h = config.num_attention_heads, config.num_key_value_heads, self.head_dim
+        n = config.source_key_value_heads or g
+        self.groups, self.value_rank = g, config.value_rank or d_h
+        key_rank = config.key_rank or d_h
+        self.num_key_value_groups = 1  # the attention functions are handed as many query heads as cached ones
+        biased = {name: getattr(self, name).bias is not None for name in ("k_proj", "v_proj", "o_proj")}
+        self.k_proj = nn.Linear(config.hidden_size, n * d_h, bias=biased["k_proj"])
+        self.v_proj = nn.Linear(config.hidden_size, g * self.value_rank, bias=biased["v_proj"])
+        self.o_proj = nn.Linear(
+            h * self.value_rank, config.hidden_size, bias=biased["o_proj"] or config.output_bias
+        )
+        self.k_down = nn.Parameter(torch.zeros(g, n // g * d_h, key_rank))
+        self.q_map = nn.Parameter(torch.zeros(h, d_h, key_rank))
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """As transformers' own; the cache gets [batch, g, tokens, r]."""
+        shape = hidden_states.shape[:-1]  # [batch, tokens]
+        # [batch, tokens, heads · width] -> [batch, heads, tokens, width]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, self.groups, -1).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        # [batch, n, tokens, d_h] -> [batch, g, tokens, t · d_h]
+        key = key.unflatten(1, (self.groups, -1)).transpose(2, 3).flatten(3)
+        key = torch.einsum("bgld,gdr->bglr", key, self.k_down)
+        query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        folded = query.shape[2] == 1 and implementation in ("eager", "sdpa")
+        if folded:
+            query = query.reshape(len(query), self.groups, -1, query.shape[-1])  # [batch, g, h/g, r_k]
+            kwargs["is_causal"] = False  # these are heads of one position
+        elif implementation in (
+            "eager",
+            "sdpa",
+        ):  # a whole text: for its length only, not for each later token
+            heads = query.shape[1] // self.groups
+            key, value = repeat_kv(key, heads), repeat_kv(value, heads)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=getattr(self, "sliding_window", None),
+            **kwargs,
+        )
+        if folded:  # [batch, h/g, g, r_v] -> [batch, 1, h, r_v]
+            output = output.transpose(1, 2).reshape(*shape, -1, self.value_rank)
+            weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
+        return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+class KvteachLlamaAttention(_SmallCache, LlamaAttention):
+    """LLaMA's attention on a small cache."""
+
+
+class KvteachMistralAttention(_SmallCache, MistralAttention):
+    """Mistral's attention on a small cache."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.sliding_window = config.sliding_window
+
+
+class KvteachQwen2Attention(_SmallCache, Qwen2Attention):
+    """Qwen2's attention on a small cache."""
+
+
+class _SmallCacheBody:
+    """The original's body with other attention modules."""
+
+    attention_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = self.attention_class(config, index)
+        self.post_init()
+
+
+class KvteachLlamaModel(_SmallCacheBody, LlamaModel):
+    """LlamaModel on a small cache."""
+
+    config: KvteachLlamaConfig
+    config_class = KvteachLlamaConfig
+    attention_class = KvteachLlamaAttention
+
+
+class KvteachMistralModel(_SmallCacheBody, MistralModel):
+    """MistralModel on a small cache."""
+
+    config: KvteachMistralConfig
+    config_class = KvteachMistralConfig
+    attention_class = KvteachMistralAttention
+
+
+class KvteachQwen2Model(_SmallCacheBody, Qwen2Model):
+    """Qwen2Model on a small cache."""
+
+    config: KvteachQwen2Config
+    config_class = KvteachQwen2Config
+    attention_class = KvteachQwen2Attention
+
+
+class KvteachLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM on a small cache."""
+
+    config: KvteachLlamaConfig
+    config_class = KvteachLlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = KvteachLlamaModel(config)
+        self.post_init()
+
+
+class KvteachMistralForCausalLM(MistralForCausalLM):
+    """MistralForCausalLM on a small cache."""
+
+    config: KvteachMistralConfig
+    config_class = KvteachMistralConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = KvteachMistralModel(config)
+        self.post_init()
+
+
+class KvteachQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Qwen2ForCausalLM on a small cache."""
+
+    config: KvteachQwen2Config
+    config_class = KvteachQwen2Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = KvteachQwen2Model(config)
+        self.post_init()

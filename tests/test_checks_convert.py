@@ -1,0 +1,31 @@
+"""Chapter 4's checks: the right answer passes, every likely mistake gets its own sentence."""
+
+import pytest
+
+from kvteach.checks import Mistake, convert
+
+RIGHT = {
+    convert.query: lambda w, d, i: w @ d[:, 4 * i : 4 * i + 4].T,
+    convert.output: lambda w, d, i: d[:, 4 * i : 4 * i + 4] @ w,
+}
+WRONG = [
+    (convert.query, lambda w, d, i: w @ d[:, :4].T, "block of head 0"),
+    (convert.query, lambda w, d, i: w @ d[:, i::3].T, "side by side"),
+    (convert.query, lambda w, d, i: -RIGHT[convert.query](w, d, i), "another matrix"),
+    (convert.query, lambda w, d, i: RIGHT[convert.query](w, d, i).T, "should have shape"),
+    (convert.output, lambda w, d, i: d[:, :4] @ w, "block of head 0"),
+    (convert.output, lambda w, d, i: -RIGHT[convert.output](w, d, i), "another matrix"),
+    (convert.output, lambda w, d, i: ..., "is empty"),
+    (convert.query, lambda w, d, i: None, "is empty"),
+]
+
+
+@pytest.mark.parametrize("check", RIGHT, ids=lambda check: check.__name__)
+def test_right_answers_pass(check):
+    assert check(RIGHT[check], strict=True)
+
+
+@pytest.mark.parametrize("check, answer, sentence", WRONG)
+def test_wrong_answers_are_told_apart(check, answer, sentence):
+    with pytest.raises(Mistake, match=sentence):
+        check(answer, strict=True)

@@ -1,0 +1,152 @@
+"""Sequential conversion: exact where nothing is dropped, optimal decoders, streams that are the models' own."""
+
+import pytest
+import tiny
+import torch
+
+from kvteach import sequential
+from kvteach.activations import attention_modules, record
+from kvteach.calibration import attended, calibrate
+from kvteach.convert import compress, small_modules
+from kvteach.grouping import by_order
+from kvteach.moments import Source
+from kvteach.plan import Plan
+
+WINDOWS = tiny.ids(6, 24, seed=3)
+# RMSNorm and BLOOM's softmax are float32 inside, whatever the model's dtype.
+ROUNDING = 1e-6
+
+
+def kv_heads(model) -> int:
+    return Source.of(model).kv_heads
+
+
+@pytest.fixture(params=tiny.MODELS)
+def model(request):
+    return tiny.MODELS[request.param]()
+
+
+def test_nothing_dropped_nothing_changed(model):
+    x = tiny.ids(2, 9, seed=5)
+    with torch.no_grad():
+        expected = model(x).logits
+        for plan in (Plan(kv_heads=kv_heads(model)), Plan(kv_ratio=1.0)):
+            small = sequential.compress(model, WINDOWS, plan, reach=90, progress=False)
+            assert torch.allclose(small(x).logits, expected, atol=ROUNDING)
+
+
+def test_the_original_is_left_alone(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+    sequential.compress(model, WINDOWS, Plan(kv_ratio=0.5), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config._attn_implementation == implementation
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_streams_are_the_models_own(model):
+    """Layer by layer on single windows gives what the whole model gives."""
+    stream = sequential._Stream(model, WINDOWS, None)
+    with torch.no_grad():
+        x = stream.begin()
+        hidden = model.base_model(WINDOWS, output_hidden_states=True).hidden_states
+        for layer in range(len(attention_modules(model))):
+            assert torch.allclose(x, hidden[layer], atol=ROUNDING)
+            x = torch.cat([stream.run(model, layer, x, row) for row in range(len(x))])
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "bloom"])
+def test_no_other_decoder_reads_better(name):
+    """Each query head's decoder is least squares under its own rows, for the encoder it was given."""
+    model = tiny.MODELS[name]()
+    source, ranks = Source.of(model), (10, 12)
+    grams = sum(torch.stack(list(attended(record(model, row[None], attention=True)[1]))) for row in WINDOWS)
+    queries = torch.eye(source.head_dim, dtype=torch.float64).repeat(source.query_heads, 1, 1)
+    outputs = torch.randn(source.query_heads, source.head_dim, 20, dtype=torch.float64)
+    heads = by_order(source.kv_heads, 1)
+    bases, decoders = sequential._bases(grams, queries, outputs, heads, ranks, source)
+    readers = source.query_heads // source.kv_heads
+
+    def error(gram, encode, decode, head):
+        rest = -encode @ decode  # [d, d_h]
+        rest[head * source.head_dim : (head + 1) * source.head_dim] += torch.eye(source.head_dim)
+        return float((rest.T @ gram @ rest).trace())
+
+    generator = torch.Generator().manual_seed(0)
+    for side, basis in enumerate((bases[0].keys, bases[0].values)):
+        for j in range(source.query_heads):
+            own, decode, head = grams[j, side], decoders[0][side][j], j // readers
+            best = error(own, basis.encode, decode, head)
+            shared = basis.decode[:, head * source.head_dim : (head + 1) * source.head_dim]
+            assert best <= error(own, basis.encode, shared, head) * (1 + 1e-9)
+            for _ in range(5):
+                step = torch.randn(decode.shape, generator=generator, dtype=torch.float64) * 1e-3
+                assert best <= error(own, basis.encode, decode + step, head)
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "bloom"])
+def test_it_follows_the_original_closer_than_one_shot(name):
+    """On the text it was fitted to, the residual stream behind the last attention is nearer to the original's."""
+    model, plan = tiny.MODELS[name](), Plan(kv_heads=1)
+    one_shot = compress(
+        model, calibrate(model, WINDOWS, attention=True, progress=False), plan, progress=False
+    )
+    small = sequential.compress(model, WINDOWS, plan, progress=False)
+
+    def drift(other):
+        with torch.no_grad():
+            last = [m.base_model(WINDOWS).last_hidden_state for m in (model, other)]
+        return float((last[0] - last[1]).square().sum())
+
+    assert drift(small) < drift(one_shot)
+
+
+def test_positions_are_spread_and_sinks_stay():
+    model = tiny.MODELS["llama-mha"]()
+    positions = sequential._Stream(model, WINDOWS, 100).positions
+    assert (positions[:, : sequential.SINKS] == torch.arange(sequential.SINKS)).all()
+    assert positions[0].tolist() == list(range(24)) and int(positions.max()) == 99
+    assert (positions[:, sequential.SINKS :].diff(dim=1) == 1).all()
+    inside = sequential._Stream(model, WINDOWS, 10).positions  # a window reaches further already
+    assert (inside == torch.arange(24)).all()
+
+
+def test_the_cache_is_as_small_as_one_shot():
+    model = tiny.MODELS["llama-gqa"]()
+    small = sequential.compress(model, WINDOWS, Plan(kv_ratio=0.25), progress=False)
+    cache = small(tiny.ids(), use_cache=True).past_key_values
+    assert all(layer.keys.shape[1::2] == (1, 8) == layer.values.shape[1::2] for layer in cache.layers)
+    assert all(module.k_down.dtype == model.dtype for module in small_modules(small))
+
+
+@pytest.mark.parametrize(
+    "other", [{"basis": "activation-svd"}, {"stock": True}, {"grouping": "similarity"}, {"centred": True}]
+)
+def test_a_plan_of_another_kind_is_refused(other):
+    model = tiny.MODELS["llama-gqa"]()
+    plan = Plan(kv_heads=1, **({"basis": "score-weighted"} if "centred" in other else {}) | other)
+    with pytest.raises(ValueError, match="makes bases of its own"):
+        sequential.compress(model, WINDOWS, plan)
+    with pytest.raises(ValueError, match="makes bases of its own"):
+        Plan(kv_heads=1, sequential=True, **other)
+
+
+def test_moments_are_not_enough():
+    model = tiny.MODELS["llama-gqa"]()
+    moments = calibrate(model, WINDOWS, attention=True, progress=False)
+    with pytest.raises(ValueError, match="reads the text itself"):
+        compress(model, moments, Plan(kv_heads=1, sequential=True))
+
+
+def test_the_config_says_how_it_was_made():
+    small = sequential.compress(
+        tiny.MODELS["llama-gqa"](), WINDOWS, Plan(kv_heads=1), reach=90, progress=False
+    )
+    assert small.config.kvteach["plan"] == Plan(kv_heads=1, sequential=True).as_dict()
+    assert small.config.kvteach["reach"] == 90
+
+
+def test_a_repeated_token_gives_finite_weights():
+    model = tiny.MODELS["llama-gqa"]()
+    small = sequential.compress(model, torch.full((2, 8), 5), Plan(kv_ratio=0.5), progress=False)
+    assert all(torch.isfinite(weight).all() for weight in small.parameters())
