@@ -53,8 +53,6 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
         raise ValueError(
             "sequential is True; that way reads the text itself: kvteach.sequential.compress(model, windows, plan)"
         )
-    if model.get_output_embeddings() is None:
-        raise ValueError("the model has no language-model head: load it with AutoModelForCausalLM")
     source = Source.of(model)
     if moments.source != source:
         raise ValueError(
@@ -207,6 +205,8 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
     """
     from .models import CLASSES
 
+    if model.get_output_embeddings() is None:
+        raise ValueError("the model has no language-model head: load it with AutoModelForCausalLM")
     groups, key_rank, value_rank = plan.layout(source)
     fields = model.config.to_dict()
     for name in ("architectures", "model_type", "transformers_version", "dtype"):

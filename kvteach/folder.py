@@ -126,7 +126,10 @@ def _card(name: str, model, facts: dict, measured: dict | None) -> str:
         "basis": plan.basis,
         "grouping": plan.grouping,
         "centred": "yes" if plan.centred else "no",
+        "sequential": "yes" if plan.sequential else "no",
     }
+    if "reach" in facts:
+        made["positions calibrated"] = facts["reach"]
     if text := facts.get("calibration"):
         made["calibration text"] = (
             f"{text['text']}, {text['split']}: {text['windows']} windows × {text['length']} tokens, "

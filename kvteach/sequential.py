@@ -34,12 +34,12 @@ from .bases.optimal import best_projection, pseudo_inverse
 from .calibration import attended
 from .convert import build, fill, read, small_modules
 from .env import bars_off
-from .evaluate import checked_ids
+from .evaluate import checked_ids, positions
 from .grouping import by_order
 from .moments import Source
 from .plan import Plan
 
-RIDGE = 0.01  # of the mean diagonal of ZᵀZ: see `compress`
+RIDGE = 0.01  # of the mean diagonal of ZᵀZ; a first guess, never tuned
 SINKS = 4  # first tokens that keep their positions when a window is moved
 
 
@@ -55,15 +55,21 @@ def compress(model, windows, plan: Plan, reach: int | None = None, progress: boo
         further than any in the calibration are not covered by their basis. So each window but for its first `SINKS`
         tokens, which every text has at its beginning, is moved: the windows are spread evenly up to this position.
 
-    The ridge keeps W_O near its old value where 16 000 tokens say little; without it the fit is worse on other text.
+    The ridge keeps W_O near its old value in directions that the text says little about.
 
     Raises
     ------
-    ValueError : what `kvteach.convert.compress` raises for model and plan; a plan of another kind; bad windows.
+    ValueError : what `kvteach.convert.compress` raises for model and plan; a plan of another kind; bad windows; a
+        reach beyond the model's positions, or where there is no RoPE.
     """
     ids = checked_ids(model, windows)
     plan = replace(plan, sequential=True)
     source = Source.of(model)
+    if reach is not None and not (source.rotates and ids.shape[1] <= reach <= positions(model)):
+        legal = (
+            f"from {ids.shape[1]} to {positions(model)}" if source.rotates else "left out, there is no RoPE"
+        )
+        raise ValueError(f"reach is {reach}; for these windows and this model it must be {legal}")
     groups, key_rank, value_rank = plan.layout(source)
     heads = by_order(source.kv_heads, groups)
     small = build(model, plan, source, [heads] * source.layers)
@@ -130,10 +136,9 @@ class _Stream:
     def __init__(self, model, ids: Tensor, reach: int | None):
         self.model, self.ids = model, ids
         windows, tokens = ids.shape
-        positions = torch.arange(tokens).expand(windows, -1).clone()
-        if reach is not None and reach > tokens:
-            positions[:, SINKS:] += torch.linspace(0, reach - tokens, windows).long()[:, None]
-        self.positions = positions
+        self.positions = torch.arange(tokens).expand(windows, -1).clone()
+        if reach is not None:
+            self.positions[:, SINKS:] += torch.linspace(0, reach - tokens, windows).long()[:, None]
 
     def begin(self) -> Tensor:
         """What the first layer reads, [windows, tokens, hidden]."""
@@ -166,14 +171,15 @@ def _refit(stream: _Stream, model, small, layer: int, x: Tensor, y: Tensor, seen
         old.register_forward_hook(lambda module, args, output: kept.update(target=output[0][0])),
         last.register_forward_pre_hook(lambda module, args: kept.update(z=args[0][0])),
     ]
+    adds = hasattr(new, "dense")  # BLOOM's attention adds the residual, its second argument, itself
+    if adds:
+        handles.append(new.register_forward_pre_hook(lambda module, args: kept.update(residual=args[1][0])))
     try:
         for row in range(len(x)):
             after = stream.run(model, layer, x, row)
             seen.clear()
             stream.run(small, layer, y, row)
-            target = kept["target"] - y[row]
-            if not hasattr(new, "dense"):  # BLOOM's attention adds the residual stream itself
-                target = target + x[row]
+            target = kept["target"] - kept["residual"] if adds else x[row] + kept["target"] - y[row]
             if last.bias is not None:
                 target = target - last.bias
             z = kept["z"].double()  # [tokens, h · r_v]

@@ -31,7 +31,8 @@ def test_nothing_dropped_nothing_changed(model):
     with torch.no_grad():
         expected = model(x).logits
         for plan in (Plan(kv_heads=kv_heads(model)), Plan(kv_ratio=1.0)):
-            small = sequential.compress(model, WINDOWS, plan, reach=90, progress=False)
+            reach = 90 if Source.of(model).rotates else None
+            small = sequential.compress(model, WINDOWS, plan, reach=reach, progress=False)
             assert torch.allclose(small(x).logits, expected, atol=ROUNDING)
 
 
@@ -107,8 +108,46 @@ def test_positions_are_spread_and_sinks_stay():
     assert (positions[:, : sequential.SINKS] == torch.arange(sequential.SINKS)).all()
     assert positions[0].tolist() == list(range(24)) and int(positions.max()) == 99
     assert (positions[:, sequential.SINKS :].diff(dim=1) == 1).all()
-    inside = sequential._Stream(model, WINDOWS, 10).positions  # a window reaches further already
-    assert (inside == torch.arange(24)).all()
+
+
+@pytest.mark.parametrize("name, reach", [("llama-mha", 23), ("llama-mha", 10**6), ("bloom", 90)])
+def test_a_reach_that_cannot_be(name, reach):
+    with pytest.raises(ValueError, match=f"reach is {reach}; .* must be (from 24 to|left out)"):
+        sequential.compress(tiny.MODELS[name](), WINDOWS, Plan(kv_heads=1), reach=reach)
+
+
+def test_a_body_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="no language-model head"):
+        sequential.compress(tiny.MODELS["llama-mha"]().model, WINDOWS, Plan(kv_heads=1))
+
+
+def test_no_other_output_weights_follow_the_original_closer(monkeypatch):
+    """Without a ridge the last layer's W_O is least squares: on its text, every perturbation is worse."""
+    monkeypatch.setattr(sequential, "RIDGE", 1e-9)
+    model = tiny.MODELS["llama-gqa"]()
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    small = sequential.compress(model, WINDOWS, Plan(kv_heads=1), progress=False)
+    weight, generator = small.model.layers[0].self_attn.o_proj.weight, torch.Generator().manual_seed(0)
+
+    def drift():
+        outputs = []
+        for one, module in ((model, "self_attn"), (small, "self_attn")):
+            hook = (
+                one.model.layers[0]
+                .get_submodule(module)
+                .register_forward_hook(lambda m, args, output: outputs.append(output[0]))
+            )
+            one(WINDOWS)
+            hook.remove()
+        return float((outputs[0] - outputs[1]).square().sum())
+
+    with torch.no_grad():
+        best, kept = drift(), weight.clone()
+        for _ in range(5):
+            step = torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * 1e-3
+            weight.copy_(kept + step)
+            assert drift() > best
 
 
 def test_the_cache_is_as_small_as_one_shot():
