@@ -57,11 +57,9 @@ def observe(model, see: Callable[[int, Activations], None], attention: bool = Fa
     """
     family = check_family(model.config)
     watch = _watch_llama if family == "llama" else _watch_bloom
-    implementation = model.config._attn_implementation
     with ExitStack() as stack:  # unwinds also when the forward, or `see`, raises
-        if attention and implementation != "eager":
-            stack.callback(model.set_attn_implementation, implementation)
-            model.set_attn_implementation("eager")
+        if attention:
+            stack.enter_context(eager(model))
         for layer, module in enumerate(attention_modules(model)):
             for handle in watch(layer, module, see, attention):
                 stack.callback(handle.remove)
@@ -91,6 +89,17 @@ def record(
 
 
 @contextmanager
+def eager(model) -> Iterator[None]:
+    """The attention that forms softmax weights within; the model's own comes back."""
+    implementation = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@contextmanager
 def quiet(model) -> Iterator[None]:
     """No gradients and no dropout within; every module's own mode comes back."""
     modes = {module: module.training for module in model.modules()}
@@ -104,11 +113,13 @@ def quiet(model) -> Iterator[None]:
 
 
 def attention_modules(model) -> list[nn.Module]:
-    """The attention module of each layer, in order."""
+    """The attention module of each layer, in order; of a compressed model too."""
     body = model.base_model
-    if check_family(model.config) == "llama":
-        return [block.self_attn for block in body.layers]
-    return [block.self_attention for block in body.h]
+    return (
+        [block.self_attention for block in body.h]
+        if hasattr(body, "h")
+        else [block.self_attn for block in body.layers]
+    )
 
 
 def key_weight(module: nn.Module) -> Tensor:

@@ -67,7 +67,7 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
         for layer in layers
     ]
     small = build(model, plan, source, grouped)
-    modules, new = attention_modules(model), small_modules(small)
+    modules, new = attention_modules(model), attention_modules(small)
     for layer in tqdm(layers, "compressing", disable=not progress or bars_off()):
         bases = [
             METHODS[plan.basis](moments, layer, group, key_rank, value_rank, plan.centred)
@@ -142,31 +142,25 @@ def fill(module, attention: Attention, heads: list[list[int]], bases: list[Basis
         key_decoders, value_decoders = (
             decoders[number] if decoders else (_each(side, len(group), readers) for side in sides)
         )
-        reading = _readers(group, readers)
-        key, value = (
-            attention.key[group].flatten(0, 1),
-            attention.value[group].flatten(0, 1),
-        )  # [t · d_h, hidden]
+        reading = readers_of(group, readers)
+        key = attention.key[group].flatten(0, 1)  # [t · d_h, hidden]
         parts["k_proj"].append(encode.T @ key if absorb else key)
-        parts["v_proj"].append(basis.values.encode.T @ value)
+        parts["v_proj"].append(basis.values.encode.T @ attention.value[group].flatten(0, 1))
         query = attention.query[reading]  # [readers of the group, d_h, hidden]
         parts["q_proj"].append((key_decoders @ query if absorb else query).flatten(0, 1))
         parts[last].append((value_decoders @ attention.output[reading]).flatten(0, 1))
         maps.append(key_decoders.mT)  # [readers of the group, d_h, r_k]
         if biased:
-            key, query = (
-                attention.key_bias[group].ravel(),
-                attention.query_bias[reading],
-            )  # [t · d_h], [readers, d_h]
+            key = attention.key_bias[group].ravel()  # [t · d_h]
+            query = attention.query_bias[reading]  # [readers of the group, d_h]
             biases["k_proj"].append(key @ encode if absorb else key)
             biases["v_proj"].append(attention.value_bias[group].ravel() @ basis.values.encode)
             biases["q_proj"].append(((key_decoders @ query[..., None])[..., 0] if absorb else query).ravel())
         if (mean := basis.values.mean) is not None:
             rest = (mean - mean @ basis.values.encode @ basis.values.decode).unflatten(0, (len(group), -1))
             # Σ_j (μ − μ E D)_i W_O^j: [readers of the group, 1, d_h] · [readers of the group, d_h, hidden]
-            constant = constant + (
-                rest.repeat_interleave(readers, 0)[:, None] @ attention.output[reading]
-            ).sum((0, 1))
+            each = rest.repeat_interleave(readers, 0)[:, None] @ attention.output[reading]
+            constant = constant + each.sum((0, 1))
     found = {f"{name}.weight": torch.cat(part) for name, part in parts.items()}
     found[f"{last}.weight"] = found[f"{last}.weight"].T
     if biased:
@@ -183,19 +177,9 @@ def _each(side, heads: int, readers: int) -> Tensor:
     return side.decode.unflatten(1, (heads, -1)).transpose(0, 1).repeat_interleave(readers, 0)
 
 
-def _readers(group: list[int], readers: int) -> list[int]:
+def readers_of(group: list[int], readers: int) -> list[int]:
     """The query heads that read the heads of a group, in the order of the compressed layer."""
     return [j for head in group for j in range(head * readers, (head + 1) * readers)]
-
-
-def small_modules(small) -> list:
-    """The attention module of each layer of a compressed model."""
-    body = small.base_model
-    return (
-        [block.self_attention for block in body.h]
-        if hasattr(body, "h")
-        else [block.self_attn for block in body.layers]
-    )
 
 
 def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
@@ -223,7 +207,7 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
         config_class, _, model_class = CLASSES[model.config.model_type]
         fields |= {"source_key_value_heads": source.kv_heads, "key_rank": key_rank, "value_rank": value_rank}
         readers = source.query_heads // source.kv_heads
-        orders = [_readers([head for group in heads for head in group], readers) for heads in grouped]
+        orders = [readers_of([head for group in heads for head in group], readers) for heads in grouped]
         if source.rotates:
             fields["output_bias"] = plan.centred
         elif any(order != sorted(order) for order in orders):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .activations import quiet
+from .activations import attention_modules, eager, quiet
 from .evaluate import checked_ids
 
 
@@ -49,7 +49,7 @@ def layer_errors(model, original, ids) -> LayerErrors:
     """
     rows = checked_ids(original, ids)
     checked_ids(model, rows)
-    before, after = _attention_modules(original), _attention_modules(model)
+    before, after = attention_modules(original), attention_modules(model)
     if len(before) != len(after):
         raise ValueError(f"the model has {len(after)} layers, the original {len(before)}")
     moved, wrong, size = torch.zeros(3, len(before), dtype=torch.float64)
@@ -71,23 +71,14 @@ def layer_errors(model, original, ids) -> LayerErrors:
     return LayerErrors(moved / len(rows), wrong / size)
 
 
-def _attention_modules(model) -> list[nn.Module]:
-    """By name, since a compressed model has a model_type of its own."""
-    named = model.base_model.named_modules()
-    return [module for name, module in named if name.split(".")[-1] in ("self_attn", "self_attention")]
-
-
 def _watched(model, modules: list[nn.Module], row: Tensor, see) -> None:
     """Run `row` through the body; ``see(layer, weights, output)`` after each attention block.
 
     The output is taken at its last projection: BLOOM's block adds the residual before it returns.
     """
-    implementation = model.config._attn_implementation
     with ExitStack() as stack:
         stack.enter_context(quiet(model))
-        if implementation != "eager":
-            stack.callback(model.set_attn_implementation, implementation)
-            model.set_attn_implementation("eager")
+        stack.enter_context(eager(model))
         for layer, module in enumerate(modules):
             last = []
             projection = module.o_proj if hasattr(module, "o_proj") else module.dense

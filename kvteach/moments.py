@@ -72,8 +72,8 @@ class Source:
 
         Raises ValueError when accelerate keeps weights elsewhere, on the CPU or on disk.
         """
+        family, digest = check_family(model.config), hashlib.sha256()
         config, modules = model.config, attention_modules(model)
-        family, digest = check_family(config), hashlib.sha256()
         body = model.base_model  # with or without a language-model head, the activations are the same
         for name, tensor in chain(body.named_parameters(), body.named_buffers()):
             if tensor.is_meta:

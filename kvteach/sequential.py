@@ -32,7 +32,7 @@ from .activations import Activations, attention_modules, observe, quiet
 from .bases import Basis
 from .bases.optimal import best_projection, pseudo_inverse
 from .calibration import attended
-from .convert import build, fill, read, small_modules
+from .convert import build, fill, read, readers_of
 from .env import bars_off
 from .evaluate import checked_ids, positions
 from .grouping import by_order
@@ -76,7 +76,7 @@ def compress(model, windows, plan: Plan, reach: int | None = None, progress: boo
     stream = _Stream(model, ids, reach)
     if source.rotates:
         small.config.kvteach["reach"] = int(stream.positions.max()) + 1  # positions that the bases have seen
-    before, after = attention_modules(model), small_modules(small)
+    before, after = attention_modules(model), attention_modules(small)
     seen: list[Activations] = []
     with (
         quiet(model),
@@ -108,12 +108,11 @@ def _bases(grams, queries, outputs, heads, ranks, source):
     bases, decoders = [], []
     for group in heads:
         columns = torch.cat([torch.arange(head * d_h, (head + 1) * d_h) for head in group])
-        reading = [j for head in group for j in range(head * readers, (head + 1) * readers)]
+        reading = readers_of(group, readers)
         sides, apart = [], []
         for side, rank in enumerate(ranks):
-            own = grams[reading, side].cpu()[:, columns][
-                :, :, columns
-            ]  # [readers of the group, t · d_h, t · d_h]
+            own = grams[reading, side].cpu()[:, columns]  # [readers of the group, t · d_h, d]
+            own = own[:, :, columns]
             weight = weights[side][reading].unflatten(0, (len(group), readers)).sum(1)  # [t, d_h, d_h]
             shared = best_projection(own.mean(0), rank, weight)
             each = []
@@ -164,7 +163,7 @@ class _Stream:
 
 def _refit(stream: _Stream, model, small, layer: int, x: Tensor, y: Tensor, seen: list) -> None:
     """Fit W_O of the small layer again, and move both streams behind the layer, in place."""
-    old, new = attention_modules(model)[layer], small_modules(small)[layer]
+    old, new = attention_modules(model)[layer], attention_modules(small)[layer]
     last = new.dense if hasattr(new, "dense") else new.o_proj
     kept, gram, cross = {}, 0, 0
     handles = [

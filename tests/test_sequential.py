@@ -7,7 +7,7 @@ import torch
 from kvteach import sequential
 from kvteach.activations import attention_modules, record
 from kvteach.calibration import attended, calibrate
-from kvteach.convert import compress, small_modules
+from kvteach.convert import compress
 from kvteach.grouping import by_order
 from kvteach.moments import Source
 from kvteach.plan import Plan
@@ -155,7 +155,7 @@ def test_the_cache_is_as_small_as_one_shot():
     small = sequential.compress(model, WINDOWS, Plan(kv_ratio=0.25), progress=False)
     cache = small(tiny.ids(), use_cache=True).past_key_values
     assert all(layer.keys.shape[1::2] == (1, 8) == layer.values.shape[1::2] for layer in cache.layers)
-    assert all(module.k_down.dtype == model.dtype for module in small_modules(small))
+    assert all(module.k_down.dtype == model.dtype for module in attention_modules(small))
 
 
 @pytest.mark.parametrize(
