@@ -28,8 +28,6 @@ NEEDED = {
     "tqdm": "4.64",
 }
 CURE = 'pip install "kvteach[models]"'
-# These bases read the attention-weighted moments.
-ATTENDED = ("attention-weighted", "commuting-attended", "commuting-stock")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -209,6 +207,7 @@ def compress(asked) -> tuple[dict, int]:
     """Calibrate, convert, measure, save. What can fail without the weights fails before they are loaded."""
     from . import calibration, convert, folder, sequential, sizes, zoo
     from . import evaluate as measure
+    from .bases import ATTENDED
     from .plan import Plan
 
     out = folder.check(asked.out)
@@ -331,24 +330,13 @@ def _text(windows) -> dict:
 
 def _costs(model, original=None, prefix: str = "") -> dict:
     """Parameters and bytes of cache per token, as a run has them."""
+    from . import evaluate
+
     found = {
         f"{prefix}parameters": model.num_parameters(),
-        f"{prefix}cache_bytes_per_token": _cached(model),
+        f"{prefix}cache_bytes_per_token": evaluate.cached_bytes(model),
     }
     return found if original is None else found | _costs(original, prefix="original_")
-
-
-def _cached(model) -> int:
-    """Bytes of cache of one token, counted in the tensors that a run of one token leaves."""
-    import torch
-
-    from .activations import quiet
-
-    with quiet(model):
-        cache = model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True
-        ).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _compared(comparison) -> dict:

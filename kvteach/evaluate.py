@@ -186,6 +186,14 @@ def compare(model, original, windows=None, batch: int = 1, progress: bool = True
     return Comparison(Score(nll), known.score, kl, same / ids.numel())
 
 
+def cached_bytes(model) -> int:
+    """Bytes of cache of one token, counted in the tensors that a run of one token leaves."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with quiet(model):
+        layers = model(input_ids=token, use_cache=True).past_key_values.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
 def lm_eval(model, tokenizer, tasks, batch_size: int = 1, max_length: int | None = None, **options) -> dict:
     """Hand a model in memory to EleutherAI's harness, for any of its tasks.
 

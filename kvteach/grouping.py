@@ -37,9 +37,9 @@ def by_similarity(moments: Moments, layer: int, groups: int) -> list[list[int]]:
 
 def kept(moments: Moments, layer: int, heads: list[int]) -> float:
     """Share of the energy that the best d_h directions of these heads keep; keys and values count alike."""
-    share = 0.0
+    shares = []
     for kind in ("keys_post", "values"):
-        gram = moments.matrix(kind, layer, heads)
-        gram = gram / gram.trace().clamp(min=torch.finfo(gram.dtype).tiny)
-        share += float(torch.linalg.eigvalsh(gram)[-moments.source.head_dim :].sum()) / 2
-    return share
+        energies = moments.spectrum(kind, layer, heads)
+        whole = energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)
+        shares.append(float(energies[: moments.source.head_dim].sum() / whole))
+    return sum(shares) / 2

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .activations import quiet
 from .env import bars_off
+from .evaluate import positions
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -54,17 +55,11 @@ def passkey(
     draw = random.Random(seed)
     places = [(i, j, n, depth) for i, n in enumerate(lengths) for j, depth in enumerate(depths)]
     tasks = []
-    for (
-        i,
-        j,
-        length,
-        depth,
-    ) in places:  # all prompts before any run: a length that does not fit is told at once
+    for i, j, length, depth in places:  # all prompts before any run: what does not fit is told at once
         keys = [str(draw.randrange(10_000, 100_000)) for _ in range(trials)]
         ids = torch.tensor([prompt(tokenizer, key, length, depth) for key in keys])
         room = max(len(_tokens(tokenizer, f" {key}.")) for key in keys)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit and length + room > limit:
+        if (limit := positions(model)) and length + room > limit:
             raise ValueError(
                 f"{length} tokens and {room} of the answer exceed the model's {limit} positions: ask for shorter ones"
             )
@@ -87,9 +82,7 @@ def passkey(
 
 def prompt(tokenizer, key: str, length: int, depth: float) -> list[int]:
     """The token ids of one prompt, `length` of them. ValueError when `length` is too short to hold `key`."""
-    start = tokenizer("")[
-        "input_ids"
-    ]  # what this tokenizer begins every text with, such as <s>; often nothing
+    start = tokenizer("")["input_ids"]  # what it begins every text with, such as <s>; often nothing
     needle, question = _tokens(tokenizer, NEEDLE.format(key=key)), _tokens(tokenizer, QUESTION)
     room = length - len(start) - len(needle) - len(question)
     if room < 0:

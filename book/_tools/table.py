@@ -22,7 +22,7 @@ import torch
 from kvteach import Plan, compress, text, zoo
 from kvteach.bases import METHODS
 from kvteach.calibration import calibrate
-from kvteach.evaluate import Reference, compare
+from kvteach.evaluate import Reference, cached_bytes, compare
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "book" / "data" / "bases.json"
@@ -133,19 +133,12 @@ def result(case: Case) -> dict:
         "kl": found.divergence,
         "agreement": found.agreement,
         "perplexity": found.score.perplexity,
-        "bytes_per_token": cached_bytes(small, reference.ids[:1, :8]) // 8,
+        "bytes_per_token": cached_bytes(small),
         "fingerprint": fingerprint,
         "calibration_fingerprint": read.fingerprint,
         "seconds": round(time.perf_counter() - start, 1),
         "date": datetime.date.today().isoformat(),
     }
-
-
-@torch.no_grad()
-def cached_bytes(model, ids) -> int:
-    """Bytes of the tensors that the model leaves in its cache, counted."""
-    layers = model(ids, use_cache=True).past_key_values.layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def made_with() -> dict:

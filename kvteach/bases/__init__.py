@@ -58,6 +58,9 @@ METHODS: dict[str, Callable[..., Basis]] = {
     "commuting-stock": partial(commuting.commuting, attended=True, stock=True),
 }
 
+# Those that read the moments that only calibrate(attention=True) sums.
+ATTENDED = ("attention-weighted", "commuting-attended", "commuting-stock")
+
 
 def method(name: str) -> Callable[..., Basis]:
     """The method of that name; LookupError names the legal ones."""
@@ -66,4 +69,4 @@ def method(name: str) -> Callable[..., Basis]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Basis", "Projection", "method"]
+__all__ = ["ATTENDED", "METHODS", "Basis", "Projection", "method"]

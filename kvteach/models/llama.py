@@ -194,37 +194,36 @@ class KvteachQwen2Model(_SmallCacheBody, Qwen2Model):
     attention_class = KvteachQwen2Attention
 
 
-class KvteachLlamaForCausalLM(LlamaForCausalLM):
+class _SmallCacheCausalLM:
+    """The original's model with a language-model head, on another body."""
+
+    body_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.body_class(config)
+        self.post_init()
+
+
+class KvteachLlamaForCausalLM(_SmallCacheCausalLM, LlamaForCausalLM):
     """LlamaForCausalLM on a small cache."""
 
     config: KvteachLlamaConfig
     config_class = KvteachLlamaConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = KvteachLlamaModel(config)
-        self.post_init()
+    body_class = KvteachLlamaModel
 
 
-class KvteachMistralForCausalLM(MistralForCausalLM):
+class KvteachMistralForCausalLM(_SmallCacheCausalLM, MistralForCausalLM):
     """MistralForCausalLM on a small cache."""
 
     config: KvteachMistralConfig
     config_class = KvteachMistralConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = KvteachMistralModel(config)
-        self.post_init()
+    body_class = KvteachMistralModel
 
 
-class KvteachQwen2ForCausalLM(Qwen2ForCausalLM):
+class KvteachQwen2ForCausalLM(_SmallCacheCausalLM, Qwen2ForCausalLM):
     """Qwen2ForCausalLM on a small cache."""
 
     config: KvteachQwen2Config
     config_class = KvteachQwen2Config
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = KvteachQwen2Model(config)
-        self.post_init()
+    body_class = KvteachQwen2Model
