@@ -122,24 +122,42 @@ def attention_modules(model) -> list[nn.Module]:
     )
 
 
-def key_weight(module: nn.Module) -> Tensor:
-    """The weights that make one attention module's keys: [kv heads * d_h, hidden], or [heads, d_h, hidden]."""
-    return module.k_proj.weight if hasattr(module, "k_proj") else _fused(module)[:, 1]
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention in float64, heads apart. Weights are [heads, d_h, hidden], biases [heads, d_h] or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor  # [query heads, d_h, hidden], W_O^j
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
+    output_bias: Tensor | None  # [hidden]
 
 
-def value_weight(module: nn.Module) -> Tensor:
-    """The weights that make one attention module's values, shaped as those of the keys."""
-    return module.v_proj.weight if hasattr(module, "v_proj") else _fused(module)[:, 2]
+def read(module) -> Attention:
+    """The attention of one module of the LLaMA or BLOOM family, on the CPU."""
+    d_h, fused = module.head_dim, hasattr(module, "query_key_value")
 
+    def apart(tensor):  # [heads · d_h, …] -> float64 [heads, d_h, …]
+        return None if tensor is None else tensor.detach().cpu().double().unflatten(0, (-1, d_h))
 
-def output_weight(module: nn.Module) -> Tensor:
-    """The weights that read what attention hands on: [hidden, query heads * d_h]."""
-    return (module.o_proj if hasattr(module, "o_proj") else module.dense).weight
-
-
-def _fused(module: nn.Module) -> Tensor:
-    """BLOOM's fused weights, [heads * 3 * d_h, hidden] -> [heads, 3, d_h, hidden], a view: queries, keys, values."""
-    return module.query_key_value.weight.unflatten(0, (module.num_heads, 3, module.head_dim))
+    if fused:  # [heads · 3 · d_h, …] -> [heads · d_h, …] for queries, keys and values
+        weight, bias = (
+            part.unflatten(0, (-1, 3, d_h)).transpose(0, 1).flatten(1, 2)
+            for part in (module.query_key_value.weight, module.query_key_value.bias)
+        )
+    else:
+        projections = module.q_proj, module.k_proj, module.v_proj
+        weight, bias = zip(*((part.weight, part.bias) for part in projections), strict=True)
+    last = module.dense if fused else module.o_proj
+    return Attention(
+        *(apart(part) for part in weight),
+        apart(last.weight.T),
+        *(apart(part) for part in bias),
+        None if last.bias is None else last.bias.detach().cpu().double(),
+    )
 
 
 def _watch_llama(layer: int, module: nn.Module, see, attention: bool) -> Iterator:

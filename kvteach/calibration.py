@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import (
-    Activations,
-    attention_modules,
-    key_weight,
-    observe,
-    output_weight,
-    quiet,
-    value_weight,
-)
+from .activations import Activations, attention_modules, observe, quiet, read
 from .env import bars_off
 from .moments import PLAIN, Moments, Source
 
@@ -97,15 +89,14 @@ def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
 
 
 def _weights(model) -> dict[str, Tensor]:
-    """The kinds of `kvteach.moments.WEIGHTS`. nn.Linear keeps [out, in], so its rows make the columns of x W."""
+    """The kinds of `kvteach.moments.WEIGHTS`. The rows of `read` are the columns of x W."""
     found = {"keys_weight": [], "values_weight": [], "outputs_weight": []}
     for module in attention_modules(model):
-        for kind, weight in (("keys_weight", key_weight), ("values_weight", value_weight)):
-            rows = weight(module).detach().double().flatten(0, -2)  # [kv heads * d_h, hidden]
-            found[kind].append((rows @ rows.T).cpu())
-        # [hidden, heads * d_h] -> [heads, hidden, d_h], the transposes of W_O^j
-        each = output_weight(module).detach().double().unflatten(1, (-1, module.head_dim)).transpose(0, 1)
-        found["outputs_weight"].append((each.mT @ each).cpu())
+        weights = read(module)
+        for kind, weight in (("keys_weight", weights.key), ("values_weight", weights.value)):
+            rows = weight.flatten(0, 1)  # [kv heads * d_h, hidden]
+            found[kind].append(rows @ rows.T)
+        found["outputs_weight"].append(weights.output @ weights.output.mT)  # [heads, d_h, d_h]
     return {kind: torch.stack(layers) for kind, layers in found.items()}
 
 

@@ -13,14 +13,14 @@ Centred: what E and D describe is x − μ. A constant in all keys moves all sco
 done for it. Softmax weights sum to 1, so the values' constant adds Σ_j (μ − μ E D)_i W_O^j to the output.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__
-from .activations import attention_modules
+from .activations import Attention, attention_modules, read
 from .bases import METHODS, Basis
 from .env import bars_off
 from .grouping import by_order, by_similarity
@@ -75,44 +75,6 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
         ]
         fill(new[layer], read(modules[layer]), grouped[layer], bases)
     return small
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention in float64, heads apart. Weights are [heads, d_h, hidden], biases [heads, d_h] or None."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor  # [query heads, d_h, hidden], W_O^j
-    query_bias: Tensor | None
-    key_bias: Tensor | None
-    value_bias: Tensor | None
-    output_bias: Tensor | None  # [hidden]
-
-
-def read(module) -> Attention:
-    """The attention of one module of the LLaMA or BLOOM family, on the CPU."""
-    d_h, fused = module.head_dim, hasattr(module, "query_key_value")
-
-    def apart(tensor):  # [heads · d_h, …] -> float64 [heads, d_h, …]
-        return None if tensor is None else tensor.detach().cpu().double().unflatten(0, (-1, d_h))
-
-    if fused:  # [heads · 3 · d_h, …] -> [heads · d_h, …] for queries, keys and values
-        weight, bias = (
-            part.unflatten(0, (-1, 3, d_h)).transpose(0, 1).flatten(1, 2)
-            for part in (module.query_key_value.weight, module.query_key_value.bias)
-        )
-    else:
-        projections = module.q_proj, module.k_proj, module.v_proj
-        weight, bias = zip(*((part.weight, part.bias) for part in projections), strict=True)
-    last = module.dense if fused else module.o_proj
-    return Attention(
-        *(apart(part) for part in weight),
-        apart(last.weight.T),
-        *(apart(part) for part in bias),
-        None if last.bias is None else last.bias.detach().cpu().double(),
-    )
 
 
 def fill(module, attention: Attention, heads: list[list[int]], bases: list[Basis], decoders=None) -> None:

@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .activations import Activations, attention_modules, observe, quiet
+from .activations import Activations, attention_modules, observe, quiet, read
 from .bases import Basis
 from .bases.optimal import best_projection, pseudo_inverse
 from .calibration import attended
-from .convert import build, fill, read, readers_of
+from .convert import build, fill, readers_of
 from .env import bars_off
 from .evaluate import checked_ids, positions
 from .grouping import by_order

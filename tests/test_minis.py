@@ -1,13 +1,16 @@
 """The minis load offline and have learnt something; their training is resumed to the same bits."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
 
 from kvteach import text, zoo
 from kvteach.activations import attention_modules
-from kvteach.minis import card, data, train
+from kvteach.evaluate import perplexity
+from kvteach.minis import data, train
 
 MINIS = ("mini-llama", "mini-bloom")
 SMALL = train.Shape(hidden=32, layers=2, heads=4, vocabulary=300)
@@ -33,7 +36,7 @@ def test_a_mini_loads_generates_and_has_learnt(name):
         ids = text.windows(tokenizer, 4, 256, "evaluation", held_out).ids
         share = torch.bincount(ids.ravel()).double() / ids.numel()
         unigram = -torch.special.xlogy(share, share).sum()  # the best guess that ignores the context
-        loss = train.loss_of(model, ids)
+        loss = perplexity(model, ids, progress=False).nll.mean()
         assert loss < unigram - 0.5 < math.log(4096) - 0.5
 
 
@@ -129,15 +132,15 @@ def test_training_text_holds_no_evaluation_document(monkeypatch):
     assert not topics & set(bodies) and set(text.documents("pydoc-topics", "calibration")) <= set(bodies)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_heads_that_share_nothing_away_change_nothing(family):
-    """As many cached heads as there are: any basis of full rank gives the model back."""
-    from kvteach.calibration import calibrate
-
-    model = SMALL.model(family).double().eval()
-    ids = ROW[:64].view(2, 32).long()
-    moments = calibrate(model, ids, progress=False)
-    same = card.with_shared_heads(model, moments, "mean-pool", 4)
-    fewer = card.with_shared_heads(model, moments, "mean-pool", 1)
-    assert torch.allclose(same(ids).logits, model(ids).logits, atol=1e-9)
-    assert not torch.allclose(fewer(ids).logits, model(ids).logits, atol=1e-6)
+@pytest.mark.parametrize("name", MINIS)
+def test_the_card_tells_what_is_measured(name):
+    """One number of the stored card, measured again; the texts belong to Python 3.11."""
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("the help texts of this Python are others")
+    model, tokenizer = zoo.load(name, device="cpu")
+    stored = json.loads((zoo.NAMES[name].folder / "measured.json").read_text())
+    ids = text.windows(tokenizer, 32, 512, "evaluation", "pydoc-topics")
+    found = perplexity(model, ids, progress=False).perplexity
+    assert found == pytest.approx(stored["perplexity"]["pydoc-topics"], rel=1e-3)
+    card = (zoo.NAMES[name].folder / "README.md").read_text("utf-8")
+    assert f"| pydoc-topics | {stored['perplexity']['pydoc-topics']:.1f} |" in card

@@ -1,26 +1,23 @@
-"""The model card of a mini: its weights are written in float16, read back, measured on held-out text and described.
-
-To see what sharing heads costs, the weights that make keys and values are replaced by what a basis gives back of them:
-x̂ = x E D for a row x = h W is h (W E D). For RoPE that is exact when E D commutes with it.
-"""
+"""The model card of a mini: its weights are written in float16, read back, measured on held-out text and described."""
 
 import copy
 import importlib.metadata
 import json
-import math
 import platform
 from pathlib import Path
 
 import torch
 
 from .. import text
-from ..activations import attention_modules, key_weight, value_weight
-from ..bases import METHODS
 from ..calibration import calibrate
+from ..convert import compress
+from ..evaluate import Reference, compare
+from ..evaluate import perplexity as evaluated
+from ..plan import Plan
 from ..zoo import check_family
 from . import data
 
-BASES = {"llama": ("mean-pool", "commuting-stock"), "bloom": ("mean-pool", "attention-weighted")}
+BASES = ("mean-pool", "attention-weighted")
 
 
 def write(name: str, model, tokenizer, folder: Path, tokens: float, text_tokens: int, seconds: float) -> None:
@@ -42,7 +39,9 @@ def write(name: str, model, tokenizer, folder: Path, tokens: float, text_tokens:
 def measure(model, tokenizer) -> dict:
     """Perplexity on the held-out sides, energies of keys and values, and perplexity with fewer key-value heads."""
     held_out = {n: text.windows(tokenizer, 32, 512, "evaluation", n).ids for n in data.TEXTS}
-    perplexity = {n: round(_perplexity(model, ids), 2) for n, ids in held_out.items()}
+    perplexity = {
+        n: round(evaluated(model, ids, progress=False).perplexity, 2) for n, ids in held_out.items()
+    }
     read = torch.cat([text.windows(tokenizer, 8, 512, "calibration", n).ids for n in data.TEXTS])
     moments = calibrate(model, read, attention=True, progress=False)
     source, energy = moments.source, {}
@@ -52,43 +51,13 @@ def measure(model, tokenizer) -> dict:
         d = share.shape[1]
         energy[kind] = {str(part): round(share[:, d // part - 1].mean().item(), 4) for part in (2, 4, 8)}
     few = torch.cat([ids[:8] for ids in held_out.values()])
-    whole, shared = _perplexity(model, few), {}
-    for basis in BASES[check_family(model.config)]:
-        shared[basis] = {}
-        kv_heads = source.kv_heads // 2
-        while kv_heads:
-            ratio = _perplexity(with_shared_heads(model, moments, basis, kv_heads), few) / whole
-            shared[basis][str(kv_heads)] = round(ratio, 3)
-            kv_heads //= 2
-    return {"perplexity": perplexity, "energy": energy, "ratio": shared}
-
-
-@torch.no_grad()
-def with_shared_heads(model, moments, basis: str, kv_heads: int):
-    """A copy whose keys and values are what `kv_heads` cached heads give back, training-free."""
-    made, d, n = copy.deepcopy(model), moments.source.head_dim, moments.source.kv_heads // kv_heads
-    for layer, module in enumerate(attention_modules(made)):
-        keys, values = (weight(module) for weight in (key_weight, value_weight))
-        # views of the parameters, [heads, d_h, hidden], and of BLOOM's bias, [heads, d_h, 1]
-        sides = [[part if part.ndim == 3 else part.unflatten(0, (-1, d))] for part in (keys, values)]
-        if hasattr(module, "query_key_value"):
-            bias = module.query_key_value.bias.unflatten(0, (-1, 3, d))[..., None]
-            sides[0].append(bias[:, 1])
-            sides[1].append(bias[:, 2])
-        for first in range(0, moments.source.kv_heads, n):
-            found = METHODS[basis](moments, layer, range(first, first + n), d, d)
-            for side, parts in zip((found.keys, found.values), sides, strict=True):
-                through = (side.encode @ side.decode).T  # [n * d_h, n * d_h]
-                for part in parts:
-                    old = part[first : first + n]
-                    old.copy_((through @ old.flatten(0, 1).double()).view_as(old))
-    return made
-
-
-@torch.no_grad()
-def _perplexity(model, ids) -> float:
-    losses = [model(input_ids=one[None], labels=one[None]).loss.item() for one in ids]
-    return math.exp(sum(losses) / len(losses))
+    reference, ratio = Reference.of(model, few, progress=False), {}
+    for basis in BASES:
+        ratio[basis] = {}
+        for kv_heads in (source.kv_heads // 2**n for n in (1, 2, 3)):
+            small = compress(model, moments, Plan(kv_heads=kv_heads, basis=basis), progress=False)
+            ratio[basis][str(kv_heads)] = round(compare(small, reference, progress=False).ratio, 3)
+    return {"perplexity": perplexity, "energy": energy, "ratio": ratio}
 
 
 def _card(name: str, model, found: dict, text_tokens: int) -> str:

@@ -15,24 +15,12 @@ from torch import Tensor
 from .. import text
 
 # Installed by requirements.txt, most of them by way of others; one that is missing is left out.
-PACKAGES = (
-    *("torch", "transformers", "numpy", "pandas", "matplotlib", "sympy", "networkx", "sqlalchemy", "pyarrow"),
-    *("huggingface_hub", "datasets", "accelerate", "tokenizers", "safetensors", "gguf", "fontTools", "PIL"),
-    *("IPython", "ipywidgets", "traitlets", "jupyter_client", "nbformat", "nbclient", "sphinx", "docutils"),
-    *("babel", "jinja2", "markdown_it", "myst_parser", "bs4", "hypothesis", "playwright", "pydantic", "attr"),
-    *(
-        "rich",
-        "prompt_toolkit",
-        "jedi",
-        "parso",
-        "setuptools",
-        "pip",
-        "requests",
-        "click",
-        "fsspec",
-        "filelock",
-    ),
-)
+PACKAGES = """
+torch transformers numpy pandas matplotlib sympy networkx sqlalchemy pyarrow huggingface_hub datasets accelerate
+tokenizers safetensors gguf fontTools PIL IPython ipywidgets traitlets jupyter_client nbformat nbclient sphinx docutils
+babel jinja2 markdown_it myst_parser bs4 hypothesis playwright pydantic attr rich prompt_toolkit jedi parso setuptools
+pip requests click fsspec filelock
+""".split()
 TEXTS = ("pydoc-topics", "stdlib-docstrings")  # calibration side: read; evaluation side: held out
 END = "<|end|>"  # stands between documents
 VOCABULARY = 4096

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import env, text
+from ..evaluate import perplexity
 from . import data
 
 NAMES = {"mini-llama": "llama", "mini-bloom": "bloom"}
@@ -87,12 +88,6 @@ def batch_of(row: Tensor, step: int, batch: int, length: int, seed: int = 0) -> 
     return row[: windows * length].view(windows, length)[chosen].long()
 
 
-@torch.no_grad()
-def loss_of(model, ids: Tensor) -> float:
-    """Mean next-token loss in nats over windows [count, length], float32."""
-    return sum(model(input_ids=one[None], labels=one[None]).loss.item() for one in ids) / len(ids)
-
-
 def train(model, row: Tensor, held_out: dict[str, Tensor], folder: Path, tokens: float, batch=4, length=512):
     """Train `model` in place on `row` (token ids) until it has seen `tokens`; go on from `folder` where it can.
 
@@ -138,7 +133,10 @@ def train(model, row: Tensor, held_out: dict[str, Tensor], folder: Path, tokens:
             line = {"step": done, "tokens": done * batch * length, "loss": round(loss.item(), 4)}
             line["lr"] = float(f"{rate(step, steps):.4g}")
             if done % 200 == 0 or done == steps:
-                line |= {name: round(loss_of(model, ids.to(device)), 4) for name, ids in held_out.items()}
+                line |= {
+                    name: round(perplexity(model, ids, progress=False).nll.mean().item(), 4)
+                    for name, ids in held_out.items()
+                }
             with curve.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=line["loss"])
