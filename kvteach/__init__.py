@@ -27,6 +27,7 @@ module           what it holds                                                  
 ``layers``       attention and output errors, layer by layer
 ``passkey``      a number hidden in a long text, asked for at the end
 ``text``         calibration and evaluation windows
+``results``      numbers that took long to measure, as stored
 ``figures``      one look for every plot
 ``widgets``      figures that move
 ``checks``       exercise checks that name the mistake
@@ -59,6 +60,7 @@ _MODULES = (
     "moments",
     "passkey",
     "plan",
+    "results",
     "rope",
     "sequential",
     "sizes",
