@@ -119,6 +119,7 @@ def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) 
     with observe(model, see, attention), quiet(model):
         body(input_ids=ids.to(body.device), use_cache=False)
     sums.count += ids.numel()
+    sums.reach = max(sums.reach, ids.shape[1])
 
 
 def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tensor]]:

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sequential", action="store_true", help="layer by layer: better and several times slower"
     )
     made.add_argument(
-        "--reach", type=int, metavar="N", help="with --sequential: positions to serve, beyond --length"
+        "--reach", type=int, metavar="N", help="positions to serve (default: 2048, or all that the model has)"
     )
     made.add_argument("--basis", help="a name of kvteach.bases (default: the best that fits)")
     made.add_argument(
@@ -217,9 +217,8 @@ def compress(asked) -> tuple[dict, int]:
         basis=asked.basis,
         stock=asked.stock,
         sequential=asked.sequential,
+        reach=asked.reach,
     )
-    if asked.reach is not None and not asked.sequential:
-        raise ValueError("--reach moves the windows of a sequential conversion: add --sequential")
     config = zoo.config(asked.model)
     small_sizes = sizes.planned(config, plan)
     _print_sizes(asked, config, small_sizes)
@@ -229,7 +228,7 @@ def compress(asked) -> tuple[dict, int]:
     if asked.eval_windows:
         held_out = _windows(asked, model, tokenizer, "evaluation", asked.eval_windows)
     if plan.sequential:
-        small = sequential.compress(model, windows, plan, asked.reach)
+        small = sequential.compress(model, windows, plan)
     else:
         moments = calibration.calibrate(model, windows, attention=plan.basis in ATTENDED)
         small = convert.compress(model, moments, plan)

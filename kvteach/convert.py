@@ -23,9 +23,11 @@ from . import __version__
 from .activations import Attention, attention_modules, read
 from .bases import METHODS, Basis
 from .env import bars_off
+from .evaluate import positions
 from .grouping import by_order, by_similarity
 from .moments import Moments, Source
 from .plan import Plan
+from .rope import from_config, placed
 from .zoo import check_family
 
 
@@ -59,6 +61,15 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
             "these moments belong to another model (its shape, its weights or its dtype): calibrate this one"
         )
     groups, key_rank, value_rank = plan.layout(source)
+    reach = plan.positions(source, positions(model), moments.reach)
+    if reach is not None and reach > moments.reach:
+        try:
+            moved = placed(moments, from_config(model.config), reach - moments.reach + 1)
+        except ValueError as error:
+            raise ValueError(f"{error}; or calibrate on windows of {reach} tokens") from error
+        moments = (
+            moments + moved
+        )  # every text has a beginning, so its first positions count as much as the rest
     layers = range(source.layers)
     grouped = [
         by_order(source.kv_heads, groups)
@@ -74,6 +85,8 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
             for group in grouped[layer]
         ]
         fill(new[layer], read(modules[layer]), grouped[layer], bases)
+        if reach is not None and any(basis.keys.frequencies is None for basis in bases):
+            small.config.kvteach["reach"] = reach  # those that commute with RoPE hold at every position
     return small
 
 

@@ -50,7 +50,7 @@ from .zoo import FAMILIES, check_family
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
 ATTENDED = ("keys_attended", "values_attended")
 WEIGHTS = ("keys_weight", "values_weight", "outputs_weight")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Moments:
     ----------
     source : the model they belong to.
     count : tokens summed.
+    reach : positions that RoPE has turned keys to: 0 … reach − 1, the length of the longest window.
     total : kind -> [layers, width], for the kinds of `PLAIN`.
     gram : kind -> [layers, width, width], or [layers, query heads, d_h, d_h] for queries.
     weight : the same shapes for the kinds of `WEIGHTS`, filled by `kvteach.calibration.calibrate`, else empty.
@@ -111,8 +112,10 @@ class Moments:
         total: dict[str, Tensor],
         gram: dict[str, Tensor],
         weight: dict[str, Tensor] | None = None,
+        reach: int = 0,
     ):
         self.source, self.count, self.total, self.gram = source, count, total, gram
+        self.reach = reach
         self.weight = weight or {}
 
     @classmethod
@@ -139,7 +142,8 @@ class Moments:
             raise ValueError(f"only one of the two moments holds {', '.join(missing)}: calibrate both alike")
         total = {kind: self.total[kind] + other.total[kind] for kind in self.total}
         gram = {kind: self.gram[kind] + other.gram[kind] for kind in self.gram}
-        return Moments(self.source, self.count + other.count, total, gram, self.weight or other.weight)
+        weight, reach = self.weight or other.weight, max(self.reach, other.reach)
+        return Moments(self.source, self.count + other.count, total, gram, weight, reach)
 
     def take(self, batch: "Moments") -> None:
         """Add `batch` in place and empty it: the sums of a large model need not be in memory three times."""
@@ -150,6 +154,7 @@ class Moments:
             self.total[kind] += total
             total.zero_()
         self.count, batch.count = self.count + batch.count, 0
+        self.reach = max(self.reach, batch.reach)
 
     def __repr__(self) -> str:
         of = self.source
@@ -242,7 +247,8 @@ class Moments:
         tensors = {f"total.{kind}": tensor for kind, tensor in self.total.items()}
         tensors |= {f"gram.{kind}": tensor for kind, tensor in self.gram.items()}
         tensors |= {f"weight.{kind}": tensor for kind, tensor in self.weight.items()}
-        about = {"format": FORMAT, "source": vars(self.source), "count": self.count, "notes": notes}
+        about = {"format": FORMAT, "source": vars(self.source), "notes": notes}
+        about |= {"count": self.count, "reach": self.reach}
         aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             save_file(tensors, aside, {"kvteach.moments": json.dumps(about)})
@@ -277,7 +283,8 @@ class Moments:
         for name, tensor in tensors.items():
             part, kind = name.split(".")
             parts[part][kind] = tensor
-        return cls(Source(**about["source"]), about["count"], **parts), about["notes"]
+        source, count, reach = Source(**about["source"]), about["count"], about["reach"]
+        return cls(source, count, **parts, reach=reach), about["notes"]
 
     def all_reduce(self) -> "Moments":
         """The sum over all processes of the default `torch.distributed` group; every process gets it.
@@ -293,7 +300,7 @@ class Moments:
                 "all_reduce needs a process group: run under torchrun and call init_process_group"
             )
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self.source, sorted(self.gram), bool(self.weight)))
+        dist.all_gather_object(everyone, (self.source, sorted(self.gram), bool(self.weight), self.reach))
         if odd := [rank for rank, other in enumerate(everyone) if other[:2] != everyone[0][:2]]:
             raise ValueError(f"process {odd[0]} holds moments of another model or other kinds than process 0")
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
@@ -309,4 +316,4 @@ class Moments:
         weight, weighed = [self.weight], [other[2] for other in everyone]
         if any(weighed) and not all(weighed):  # a process without a share ran no model
             dist.broadcast_object_list(weight, weighed.index(True))
-        return Moments(self.source, count, total, gram, weight[0])
+        return Moments(self.source, count, total, gram, weight[0], max(other[3] for other in everyone))

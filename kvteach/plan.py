@@ -16,6 +16,7 @@ from .bases import method
 from .moments import Source
 
 GROUPINGS = ("order", "similarity")
+REACH = 2048  # positions served by default; each octave more costs quality at all lengths
 # What ordinary heads can hold: their keys pass through RoPE one direction a frequency.
 STOCK = ("commuting-stock", "mean-pool", "procrustes")
 
@@ -34,6 +35,9 @@ class Plan:
     centred : let the basis describe deviations from the mean. The mean of keys is dropped, softmax does not see it;
         that of values becomes a constant of the layer's output.
     sequential : layer by layer on the compressed model's own activations, by `kvteach.sequential.compress`.
+    reach : positions that are to be served. RoPE turns keys at positions that no calibration window has reached into
+        directions that its moments have not seen, so these are moved there. By default `REACH`, or as many as the
+        model was made for when these are fewer; never fewer than a calibration window has.
     """
 
     kv_heads: int | None = None
@@ -43,6 +47,7 @@ class Plan:
     grouping: str = "order"
     centred: bool = False
     sequential: bool = False
+    reach: int | None = None
 
     def __post_init__(self):
         """Refuse what no model could follow, and name the basis that was left open."""
@@ -55,6 +60,12 @@ class Plan:
             object.__setattr__(self, "kv_ratio", float(ratio))  # Python's own numbers: a config is JSON
         elif isinstance(heads, Integral) and not isinstance(heads, bool):
             object.__setattr__(self, "kv_heads", int(heads))
+        if self.reach is not None:
+            if isinstance(self.reach, bool) or not isinstance(self.reach, Integral) or self.reach < 1:
+                raise ValueError(
+                    f"reach is {self.reach!r}; it must be a whole number of positions, 1 or more"
+                )
+            object.__setattr__(self, "reach", int(self.reach))
         if self.grouping not in GROUPINGS:
             raise ValueError(f"grouping is {self.grouping!r}; it must be one of {', '.join(GROUPINGS)}")
         if self.stock and self.kv_heads is None:
@@ -105,6 +116,31 @@ class Plan:
                 f"kv_heads is {self.kv_heads!r}; for {n} key-value heads it must be one of {legal}"
             )
         return self.kv_heads, source.head_dim, source.head_dim
+
+    def positions(self, source: Source, limit: int | None, calibrated: int) -> int | None:
+        """How many positions the bases are made for; None where positions turn no keys.
+
+        Parameters
+        ----------
+        limit : positions that the model was made for, `kvteach.evaluate.positions`.
+        calibrated : tokens of the longest calibration window.
+
+        Raises
+        ------
+        ValueError : a reach beyond the model's positions, or where there is no RoPE.
+        """
+        if not source.rotates:
+            if self.reach is not None:
+                raise ValueError(
+                    f"reach is {self.reach}; a {source.model_type} model has no RoPE, so it reads every position "
+                    "alike: leave reach out"
+                )
+            return None
+        if self.reach is not None and self.reach > limit:
+            raise ValueError(
+                f"reach is {self.reach}; the model was made for {limit} positions, so at most that"
+            )
+        return max(calibrated, min(limit, REACH) if self.reach is None else self.reach)
 
     def as_dict(self) -> dict:
         """Plain values, for a config or JSON."""

@@ -153,8 +153,8 @@ def placed(moments: Moments, frequencies: Tensor, starts: int) -> Moments:
     """The moments that the same windows have when they may begin at any position 0 ≤ p < starts, all equally likely.
 
     RoPE sees distances only, so a window says and attends to the same wherever it stands: only the cached keys and the
-    queries that meet them are turned. For keys as they stand in a long text, calibrate on windows of T tokens and take
-    ``starts = tokens − T + 1``. What a longer text would change in what is said and attended to is not in it; nor is
+    queries that meet them are turned. Windows of T tokens then reach ``starts + T − 1`` positions, as if they had been
+    cut from texts of that length. What a longer text would change in what is said and attended to is not in it; nor is
     that its first tokens stay at position 0. Add the moments as they were (``+``) to count those as well.
 
     ValueError for a model without RoPE.
@@ -172,7 +172,7 @@ def placed(moments: Moments, frequencies: Tensor, starts: int) -> Moments:
         total[kind] = _turn(heads, mean.real, mean.imag).flatten(1)
     for kind in {"keys_post", "queries_post", "keys_attended"} & gram.keys():
         gram[kind] = torch.stack([over_positions(layer, frequencies, 0, starts) for layer in gram[kind]])
-    return Moments(source, moments.count, total, gram, moments.weight)
+    return Moments(source, moments.count, total, gram, moments.weight, moments.reach + starts - 1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

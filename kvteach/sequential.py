@@ -17,6 +17,10 @@ compressed model. In each layer:
 
 4. Both streams go on through the rest of the layer.
 
+Keys that RoPE has turned further than any in the calibration are not covered by their basis. So each window but for its
+first `SINKS` tokens, which every text has at its beginning, is moved: the windows are spread evenly over the positions
+to be served.
+
 One pass over the layers, no gradients. Held are the two streams (windows · tokens · hidden numbers each), one window's
 attention, and for one layer 2 · h matrices of d² and one of (h · r_v)² in float64, with d the width of all keys.
 """
@@ -43,17 +47,14 @@ RIDGE = 0.01  # of the mean diagonal of ZᵀZ; a first guess, never tuned
 SINKS = 4  # first tokens that keep their positions when a window is moved
 
 
-def compress(model, windows, plan: Plan, reach: int | None = None, progress: bool = True):
+def compress(model, windows, plan: Plan, progress: bool = True):
     """A new model with a small cache, converted layer by layer on `windows`; `model` stays as it is.
 
     Parameters
     ----------
     model : a LLaMA-, Mistral-, Qwen2- or BLOOM-family model with a language-model head.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens].
-    plan : its dial; everything else as it is by default.
-    reach : positions that the model is to serve, when they are more than a window has. Keys that RoPE has turned
-        further than any in the calibration are not covered by their basis. So each window but for its first `SINKS`
-        tokens, which every text has at its beginning, is moved: the windows are spread evenly up to this position.
+    plan : its dial and its reach; everything else as it is by default.
 
     The ridge keeps W_O near its old value in directions that the text says little about.
 
@@ -65,17 +66,13 @@ def compress(model, windows, plan: Plan, reach: int | None = None, progress: boo
     ids = checked_ids(model, windows)
     plan = replace(plan, sequential=True)
     source = Source.of(model)
-    if reach is not None and not (source.rotates and ids.shape[1] <= reach <= positions(model)):
-        legal = (
-            f"from {ids.shape[1]} to {positions(model)}" if source.rotates else "left out, there is no RoPE"
-        )
-        raise ValueError(f"reach is {reach}; for these windows and this model it must be {legal}")
+    reach = plan.positions(source, positions(model), ids.shape[1])
     groups, key_rank, value_rank = plan.layout(source)
     heads = by_order(source.kv_heads, groups)
     small = build(model, plan, source, [heads] * source.layers)
     stream = _Stream(model, ids, reach)
-    if source.rotates:
-        small.config.kvteach["reach"] = int(stream.positions.max()) + 1  # positions that the bases have seen
+    if reach is not None:
+        small.config.kvteach["reach"] = reach
     before, after = attention_modules(model), attention_modules(small)
     seen: list[Activations] = []
     with (

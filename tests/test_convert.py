@@ -19,13 +19,16 @@ from kvteach.convert import compress
 from kvteach.grouping import by_order, by_similarity, kept
 from kvteach.moments import Source
 from kvteach.plan import STOCK, Plan
+from kvteach.rope import from_config, placed
 
 POOLED = ("mean-pool", "procrustes", "commuting-stock")  # their ranks are d_h and no other
 UNCENTRED = ("weight-svd", "attention-weighted", "commuting-attended", "commuting-stock")
 
 
 def small(name: str, **plan):
-    """The compressed model of a shared original."""
+    """The compressed model of a shared original, for the positions that were calibrated."""
+    if moments(name).source.rotates:
+        plan = {"reach": moments(name).reach} | plan
     return compress(original(name), moments(name), Plan(**plan), progress=False)
 
 
@@ -250,7 +253,7 @@ def test_scale_of_a_head_does_not_matter(head, key, value, basis):
         module.v_proj.weight[rows] *= value
         module.o_proj.weight[:, rows] /= value
 
-    plan = dict(kv_ratio=0.5, basis=basis)
+    plan = dict(kv_ratio=0.5, basis=basis, reach=40)
     changed = of_changed(scale, Plan(**plan), "llama-mha")
     torch.testing.assert_close(changed, logits(small("llama-mha", **plan)), rtol=0, atol=1e-7)
 
@@ -266,8 +269,46 @@ def test_order_of_heads_does_not_matter(order, plan):
             projection.weight.copy_(projection.weight.unflatten(0, (4, -1))[order].flatten(0, 1))
         module.o_proj.weight.copy_(module.o_proj.weight.unflatten(1, (4, -1))[:, order].flatten(1))
 
-    changed = of_changed(permute, Plan(**plan), "llama-mha")
+    changed = of_changed(permute, Plan(**plan, reach=40), "llama-mha")
     torch.testing.assert_close(changed, logits(small("llama-mha", **plan)), rtol=0, atol=1e-7)
+
+
+# -- positions that the calibration has not reached ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROTATING)
+@pytest.mark.parametrize("plan", [dict(kv_heads=1), dict(kv_ratio=0.4, basis="activation-svd", centred=True)])
+def test_a_longer_reach_moves_the_moments(name, plan):
+    seen = moments(name)
+    moved = seen + placed(seen, from_config(original(name).config), 400 - seen.reach + 1)
+    assert moved.reach == 400
+    model = small(name, **plan, reach=400)
+    close(
+        logits(model), logits(compress(original(name), moved, Plan(**plan, reach=400), progress=False)), name
+    )
+    if "kv_ratio" in plan or seen.source.kv_heads > 1:  # something is left out
+        assert differ(
+            logits(model), logits(small(name, **plan))
+        )  # and where the rest lies makes a difference
+    assert model.config.kvteach["reach"] == 400 and small(name, **plan).config.kvteach["reach"] == seen.reach
+
+
+@pytest.mark.parametrize("name", ROTATING)
+@pytest.mark.parametrize("basis", ["commuting-attended", "mean-pool"])
+def test_a_basis_that_commutes_has_no_reach(name, basis):
+    found = small(name, kv_heads=1, basis=basis, reach=400)
+    assert "reach" not in found.config.kvteach
+    close(logits(found), logits(small(name, kv_heads=1, basis=basis)), name)
+
+
+def test_turns_that_change_with_the_text_cannot_be_moved():
+    config = tiny.MODELS["llama-mha"]().config
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny._make(LlamaForCausalLM, config)
+    seen = calibrate(model, tiny.ids(3, 20), attention=True, progress=False)
+    with pytest.raises(ValueError, match=r"'dynamic'.* or calibrate on windows of 90 tokens"):
+        compress(model, seen, Plan(kv_heads=1, reach=90), progress=False)
+    compress(model, seen, Plan(kv_heads=1, reach=20), progress=False)
 
 
 # -- grouping -----------------------------------------------------------------------------------------------

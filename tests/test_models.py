@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lively
@@ -424,3 +425,28 @@ def test_the_original_runs_on_as_before():
     logits(small("llama-mha", "G"))
     assert torch.equal(logits(model), before)
     assert torch.equal(logits(lively.original("llama-mha")), before)
+
+
+# -- positions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", lively.ROTATING)
+def test_a_text_beyond_the_reach_is_warned_of(name):
+    model = compress(original(name), moments(name), Plan(kv_heads=1, reach=50), progress=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tiny.ids(1, 50))
+    with torch.no_grad(), pytest.warns(UserWarning, match="longer than the 50 positions .* with reach=51"):
+        model(tiny.ids(1, 51))
+    with pytest.warns(UserWarning, match="longer than the 50 positions"):  # the cache counts
+        sample(model, tiny.ids(1, 45))
+    with torch.no_grad(), pytest.warns(UserWarning, match="longer than the 50 positions"):
+        model(inputs_embeds=model.get_input_embeddings()(tiny.ids(1, 51)))
+
+
+def test_what_holds_everywhere_does_not_warn():
+    plans = [("llama-gqa", dict(kv_heads=1, stock=True)), ("llama-gqa", dict(kv_heads=1, basis="commuting"))]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, plan in [*plans, ("bloom", dict(kv_heads=1))]:
+            compress(original(name), moments(name), Plan(**plan), progress=False)(tiny.ids(1, 60))

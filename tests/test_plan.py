@@ -8,7 +8,7 @@ import pytest
 
 from kvteach.bases import METHODS
 from kvteach.moments import Source
-from kvteach.plan import GROUPINGS, Plan
+from kvteach.plan import GROUPINGS, REACH, Plan
 
 LLAMA = Source("llama", layers=3, query_heads=8, kv_heads=4, head_dim=16, weights="")
 BLOOM = Source("bloom", layers=3, query_heads=4, kv_heads=4, head_dim=16, weights="")
@@ -92,3 +92,30 @@ def test_a_plan_is_its_dict(grouping):
 
 def test_layout_of_a_real_source():
     assert Plan(kv_heads=1).layout(Source.of(lively.original("llama-mqa-bias"))) == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("reach", "limit", "calibrated", "found"),
+    [
+        (None, 8192, 512, REACH),
+        (None, 256, 40, 256),  # all that the model has
+        (None, 8192, 4096, 4096),  # never fewer than were calibrated
+        (4096, 8192, 512, 4096),
+        (8, 8192, 512, 512),
+    ],
+)
+def test_positions_that_are_served(reach, limit, calibrated, found):
+    assert Plan(kv_heads=1, reach=reach).positions(LLAMA, limit, calibrated) == found
+
+
+def test_positions_that_cannot_be_served():
+    with pytest.raises(ValueError, match="reach is 8193; the model was made for 8192 positions"):
+        Plan(kv_heads=1, reach=8193).positions(LLAMA, 8192, 512)
+    with pytest.raises(ValueError, match="reach is 90; a bloom model has no RoPE"):
+        Plan(kv_heads=1, reach=90).positions(BLOOM, None, 512)
+    assert Plan(kv_heads=1).positions(BLOOM, None, 512) is None
+    for bad in (0, -1, True, 2.5, "2048"):
+        with pytest.raises(
+            ValueError, match=r"reach is .*; it must be a whole number of positions, 1 or more"
+        ):
+            Plan(kv_heads=1, reach=bad)

@@ -31,8 +31,7 @@ def test_nothing_dropped_nothing_changed(model):
     with torch.no_grad():
         expected = model(x).logits
         for plan in (Plan(kv_heads=kv_heads(model)), Plan(kv_ratio=1.0)):
-            reach = 90 if Source.of(model).rotates else None
-            small = sequential.compress(model, WINDOWS, plan, reach=reach, progress=False)
+            small = sequential.compress(model, WINDOWS, plan, progress=False)
             assert torch.allclose(small(x).logits, expected, atol=ROUNDING)
 
 
@@ -110,12 +109,6 @@ def test_positions_are_spread_and_sinks_stay():
     assert (positions[:, sequential.SINKS :].diff(dim=1) == 1).all()
 
 
-@pytest.mark.parametrize("name, reach", [("llama-mha", 23), ("llama-mha", 10**6), ("bloom", 90)])
-def test_a_reach_that_cannot_be(name, reach):
-    with pytest.raises(ValueError, match=f"reach is {reach}; .* must be (from 24 to|left out)"):
-        sequential.compress(tiny.MODELS[name](), WINDOWS, Plan(kv_heads=1), reach=reach)
-
-
 def test_a_body_without_a_head_is_refused():
     with pytest.raises(ValueError, match="no language-model head"):
         sequential.compress(tiny.MODELS["llama-mha"]().model, WINDOWS, Plan(kv_heads=1))
@@ -179,9 +172,9 @@ def test_moments_are_not_enough():
 
 def test_the_config_says_how_it_was_made():
     small = sequential.compress(
-        tiny.MODELS["llama-gqa"](), WINDOWS, Plan(kv_heads=1), reach=90, progress=False
+        tiny.MODELS["llama-gqa"](), WINDOWS, Plan(kv_heads=1, reach=90), progress=False
     )
-    assert small.config.kvteach["plan"] == Plan(kv_heads=1, sequential=True).as_dict()
+    assert small.config.kvteach["plan"] == Plan(kv_heads=1, sequential=True, reach=90).as_dict()
     assert small.config.kvteach["reach"] == 90
 
 

@@ -12,6 +12,8 @@ group's keys and values are then read once, in place. Repeating them for each qu
 would give the gain of the small cache away.
 """
 
+import warnings
+
 import torch
 from torch import nn
 from transformers import (
@@ -159,7 +161,7 @@ class KvteachQwen2Attention(_SmallCache, Qwen2Attention):
 
 
 class _SmallCacheBody:
-    """The original's body with other attention modules."""
+    """The original's body with other attention modules. It warns of positions that its bases were not made for."""
 
     attention_class: type
 
@@ -168,6 +170,23 @@ class _SmallCacheBody:
         for index, layer in enumerate(self.layers):
             layer.self_attn = self.attention_class(config, index)
         self.post_init()
+
+    def forward(self, input_ids=None, past_key_values=None, inputs_embeds=None, **kwargs):
+        """As transformers' own."""
+        reach = (self.config.kvteach or {}).get("reach")
+        if reach is not None and not torch.compiler.is_compiling():
+            new = input_ids if inputs_embeds is None else inputs_embeds
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            # A static cache counts on the device; to ask it would hold up every token.
+            if isinstance(past, int) and past + new.shape[1] > reach:
+                warnings.warn(
+                    f"this text is longer than the {reach} positions that the small cache was made for, and worse "
+                    f"beyond them: compress with reach={past + new.shape[1]} or more",
+                    stacklevel=2,
+                )
+        return super().forward(
+            input_ids=input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 class KvteachLlamaModel(_SmallCacheBody, LlamaModel):
