@@ -35,7 +35,6 @@ Float64 is not a luxury: a float32 Gram matrix loses every direction whose energ
 """
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from itertools import chain
@@ -45,6 +44,7 @@ import torch
 from torch import Tensor
 
 from .activations import attention_modules
+from .files import load_tensors, save_tensors
 from .zoo import FAMILIES, check_family
 
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
@@ -240,21 +240,12 @@ class Moments:
 
     def save(self, path: str | os.PathLike, **notes) -> None:
         """Write a safetensors file, aside and then renamed, so that it is whole or not there. `notes` go with it."""
-        from safetensors.torch import save_file
-
-        path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"total.{kind}": tensor for kind, tensor in self.total.items()}
         tensors |= {f"gram.{kind}": tensor for kind, tensor in self.gram.items()}
         tensors |= {f"weight.{kind}": tensor for kind, tensor in self.weight.items()}
-        about = {"format": FORMAT, "source": vars(self.source), "notes": notes}
+        about = {"moments": FORMAT, "source": vars(self.source), "notes": notes}
         about |= {"count": self.count, "reach": self.reach}
-        aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, aside, {"kvteach.moments": json.dumps(about)})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        save_tensors(Path(path).expanduser(), tensors, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Moments":
@@ -264,20 +255,13 @@ class Moments:
     @classmethod
     def read(cls, path) -> tuple["Moments", dict]:
         """The moments in a file and the notes saved with them; errors as for `load`."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(
                 f"no moments at {str(path)!r}" + (", it is a folder" if path.is_dir() else "")
             )
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("kvteach.moments", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is damaged or no safetensors file ({error})") from error
-        if about.get("format") != FORMAT:
+        tensors, about = load_tensors(path)
+        if about.get("moments") != FORMAT:
             raise ValueError(f"{str(path)!r} holds no moments of format {FORMAT}")
         parts = {"total": {}, "gram": {}, "weight": {}}
         for name, tensor in tensors.items():

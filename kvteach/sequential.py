@@ -4,13 +4,10 @@ One-shot conversion calibrates all layers on the original model, but layer ℓ o
 stream that has drifted. Two streams are carried through the layers side by side, X of the original and Y of the
 compressed model. In each layer:
 
-1. Queries, keys, values and softmax rows A_j are taken from Y. The encoders E are those of `bases.attention_weighted`,
-   each group read by its own query heads.
-2. Each query head j gets a decoder of its own, least squares under its own rows: with G_j = Σ_q Cov_{A_j[q]}(k)
-
-       D_j = (Eᵀ G_j E)⁺ Eᵀ G_j[:, i]          (values alike, with G_j = (A_j V)ᵀ (A_j V))
-
-   It costs nothing: the query map and W_O are apart for each query head anyway.
+1. Queries, keys, values and softmax rows A_j are taken from Y. For each query head j they give its own second moments
+   of the group that it reads, G_j = Σ_q Cov_{A_j[q]}(k) for keys and (A_j V)ᵀ (A_j V) for values.
+2. `bases.shared` finds the encoder of each group, and a decoder for each query head. Decoders apart cost nothing: the
+   query map and W_O are apart for each query head anyway.
 3. W_O is fitted again. With Z what the small attention hands to W_O, the drift is taken back as far as it goes:
 
        min over W of ‖Y + Z W − (X + original attention of X)‖² + ridge · ‖W − W_O‖²
@@ -22,32 +19,36 @@ first `SINKS` tokens, which every text has at its beginning, is moved: the windo
 to be served.
 
 One pass over the layers, no gradients. Held are the two streams (windows · tokens · hidden numbers each), one window's
-attention, and for one layer 2 · h matrices of d² and one of (h · r_v)² in float64, with d the width of all keys.
+attention, and for one layer 2 · h matrices of (t · d_h)², for groups of t heads, and one of (h · r_v)², in float64.
 """
 
-from dataclasses import replace
+import hashlib
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .activations import Activations, attention_modules, observe, quiet, read
-from .bases import Basis
-from .bases.optimal import best_projection, pseudo_inverse
+from .activations import Activations, Attention, attention_modules, observe, quiet, read
+from .bases import Basis, Projection
+from .bases.shared import shared_encoder
 from .calibration import attended
 from .convert import build, fill, readers_of
 from .env import bars_off
 from .evaluate import checked_ids, positions
+from .files import load_tensors, save_tensors
 from .grouping import by_order
 from .moments import Source
 from .plan import Plan
 
-RIDGE = 0.01  # of the mean diagonal of ZᵀZ; a first guess, never tuned
+RIDGE = 0.01  # of the mean diagonal of ZᵀZ
 SINKS = 4  # first tokens that keep their positions when a window is moved
 
 
-def compress(model, windows, plan: Plan, progress: bool = True):
+def compress(model, windows, plan: Plan, path=None, progress: bool = True):
     """A new model with a small cache, converted layer by layer on `windows`; `model` stays as it is.
 
     Parameters
@@ -55,26 +56,29 @@ def compress(model, windows, plan: Plan, progress: bool = True):
     model : a LLaMA-, Mistral-, Qwen2- or BLOOM-family model with a language-model head.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens].
     plan : its dial and its reach; everything else as it is by default.
+    path : a file that finished layers are kept in. A run that was stopped goes on from there, with the same result to
+        the last bit. By default nothing is kept.
 
     The ridge keeps W_O near its old value in directions that the text says little about.
 
     Raises
     ------
     ValueError : what `kvteach.convert.compress` raises for model and plan; a plan of another kind; bad windows; a
-        reach beyond the model's positions, or where there is no RoPE.
+        file at `path` that belongs to another model, text or plan.
     """
     ids = checked_ids(model, windows)
     plan = replace(plan, sequential=True)
     source = Source.of(model)
     reach = plan.positions(source, positions(model), ids.shape[1])
-    groups, key_rank, value_rank = plan.layout(source)
+    groups, *_ = plan.layout(source)
     heads = by_order(source.kv_heads, groups)
     small = build(model, plan, source, [heads] * source.layers)
-    stream = _Stream(model, ids, reach)
     if reach is not None:
         small.config.kvteach["reach"] = reach
     before, after = attention_modules(model), attention_modules(small)
-    seen: list[Activations] = []
+    stream, seen = _Stream(model, ids, reach), []
+    digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+    kept = _Kept(path, {"model": asdict(source), "text": [digest, *ids.shape], "plan": plan.as_dict()})
     with (
         quiet(model),
         observe(model, lambda layer, found: seen.append(found), attention=True),
@@ -82,52 +86,88 @@ def compress(model, windows, plan: Plan, progress: bool = True):
     ):
         x = stream.begin()  # [windows, tokens, hidden]
         y = x.clone()
-        for layer in range(source.layers):
-            grams, queries = 0, 0
+        done = kept.load(x, y, after)
+        bar.update(done * len(ids))
+        for layer in range(done, source.layers):
+            grams = [torch.zeros((), dtype=torch.float64, device=x.device)] * groups
+            queries = grams[0]
             for row in range(len(ids)):
-                stream.run(model, layer, y, row)
+                stream.attend(model, layer, y, row)
                 found = seen.pop()
-                grams = grams + torch.stack(list(attended(found)))  # [query heads, 2, d, d]
+                for number, group in enumerate(heads):
+                    own = attended(_of(found, group, source))
+                    grams[number] = grams[number] + torch.stack(list(own))  # [readers, 2, t · d_h, t · d_h]
                 q = found.queries_post[0].double()  # [query heads, tokens, d_h]
                 queries = queries + q.mT @ q
                 bar.update()
             attention = read(before[layer])
-            found = _bases(grams, queries, attention.output, heads, (key_rank, value_rank), source)
-            fill(after[layer], attention, heads, *found)
-            _refit(stream, model, small, layer, x, y, seen)
+            bases, decoders = _bases([gram.cpu() for gram in grams], queries.cpu(), attention, plan, source)
+            fill(after[layer], attention, heads, bases, decoders)
+            _refit(stream, model, small, layer, x, y)
+            seen.clear()
+            kept.save(layer + 1, x, y, after)
     return small
 
 
-def _bases(grams, queries, outputs, heads, ranks, source):
-    """One basis a group, and the decoders of its query heads: keys' [readers of the group, r_k, d_h] and values'."""
-    readers, d_h = source.query_heads // source.kv_heads, source.head_dim
-    weights = queries.cpu(), outputs @ outputs.mT  # [query heads, d_h, d_h] both
+def _of(found: Activations, group: list[int], source: Source) -> Activations:
+    """What the query heads of one group do with its keys and values."""
+    reading = readers_of(group, source.query_heads // source.kv_heads)
+    return replace(
+        found,
+        keys_post=found.keys_post[:, group],
+        values=found.values[:, group],
+        attention=found.attention[:, reading],
+    )
+
+
+def _bases(grams: list[Tensor], queries: Tensor, attention: Attention, plan: Plan, source: Source):
+    """One basis a group, and the decoders of its query heads: keys' [readers of the group, r_k, d_h] and values'.
+
+    `grams` holds [readers of the group, 2, t · d_h, t · d_h] for each group, `queries` Σ qᵀq [query heads, d_h, d_h].
+    """
+    groups, *ranks = plan.layout(source)
+    weights = queries, attention.output @ attention.output.mT  # [query heads, d_h, d_h] both
     bases, decoders = [], []
-    for group in heads:
-        columns = torch.cat([torch.arange(head * d_h, (head + 1) * d_h) for head in group])
-        reading = readers_of(group, readers)
+    for gram, group in zip(grams, by_order(source.kv_heads, groups), strict=True):
+        reading = readers_of(group, source.query_heads // source.kv_heads)
         sides, apart = [], []
         for side, rank in enumerate(ranks):
-            own = grams[reading, side].cpu()[:, columns]  # [readers of the group, t · d_h, d]
-            own = own[:, :, columns]
-            weight = weights[side][reading].unflatten(0, (len(group), readers)).sum(1)  # [t, d_h, d_h]
-            shared = best_projection(own.mean(0), rank, weight)
-            each = []
-            for n, gram in enumerate(own):
-                block = slice(n // readers * d_h, (n // readers + 1) * d_h)
-                start = shared.decode[:, block]  # kept in directions that this head's own rows never use
-                wrong = gram[:, block] - gram @ shared.encode @ start  # [t · d_h, d_h]
-                normal = shared.encode.T @ gram @ shared.encode
-                each.append(start + pseudo_inverse(normal) @ (shared.encode.T @ wrong))
-            sides.append(shared)
-            apart.append(torch.stack(each))
+            encode, decode, left = shared_encoder(gram[:, side], weights[side][reading], rank)
+            # What all its readers have in common stands for the group: the mean of the decoders of each head
+            each = decode.unflatten(0, (len(group), -1)).mean(1)  # [t, r, d_h]
+            sides.append(Projection(encode, each.transpose(0, 1).flatten(1), None, left))
+            apart.append(decode)
         bases.append(Basis(*sides))
         decoders.append(tuple(apart))
     return bases, decoders
 
 
+def _refit(stream: "_Stream", model, small, layer: int, x: Tensor, y: Tensor) -> None:
+    """Fit W_O of the small layer again, and move both streams behind the layer, in place."""
+    module = attention_modules(small)[layer]
+    last, kept, gram, cross = module.dense if hasattr(module, "dense") else module.o_proj, [], 0, 0
+    handle = last.register_forward_pre_hook(lambda module, args: kept.append(args[0][0]))
+    try:
+        for row in range(len(x)):
+            base, added = stream.attend(model, layer, x, row)
+            goal = base + added
+            base, _ = stream.attend(small, layer, y, row)
+            z = kept.pop().double()  # [tokens, h · r_v]
+            target = goal - base if last.bias is None else goal - base - last.bias
+            gram, cross = gram + z.T @ z, cross + z.T @ target[0].double()
+            x[row] = stream.finish(model, layer, goal)[0]
+    finally:
+        handle.remove()
+    old = last.weight.double().T  # [h · r_v, hidden]
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    last.weight.copy_((old + torch.linalg.solve(gram + ridge, cross - gram @ old)).T)
+    for row in range(len(y)):
+        base, added = stream.attend(small, layer, y, row)
+        y[row] = stream.finish(small, layer, base + added)[0]
+
+
 class _Stream:
-    """Runs single layers of a model, or of its compressed copy, on single windows."""
+    """Runs the two halves of a layer, of a model or of its compressed copy, on single windows."""
 
     def __init__(self, model, ids: Tensor, reach: int | None):
         self.model, self.ids = model, ids
@@ -142,51 +182,76 @@ class _Stream:
         x = body.get_input_embeddings()(self.ids.to(self.model.device))
         return body.word_embeddings_layernorm(x) if hasattr(body, "word_embeddings_layernorm") else x
 
-    def run(self, model, layer: int, hidden: Tensor, row: int) -> Tensor:
-        """One layer of `model` on one window of `hidden`: [1, tokens, hidden]."""
-        x, body = hidden[row : row + 1], self.model.base_model
-        mask = dict(config=self.model.config, inputs_embeds=x, attention_mask=None, past_key_values=None)
+    def attend(self, model, layer: int, hidden: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """For one window of `hidden`, what attention is added to and what it adds, [1, tokens, hidden] both."""
+        x, body, config = hidden[row : row + 1], model.base_model, self.model.config
+        mask = dict(config=config, inputs_embeds=x, attention_mask=None, past_key_values=None)
         if hasattr(body, "h"):
+            block = body.h[layer]
+            inside = block.input_layernorm(x)
             ones = torch.ones_like(self.ids[row : row + 1], device=x.device)
-            alibi = body.build_alibi_tensor(ones, self.model.config.n_head, x.dtype)
-            return model.base_model.h[layer](x, alibi=alibi, attention_mask=create_causal_mask(**mask))[0]
-        block = model.base_model.layers[layer]
-        config = self.model.config
+            alibi = body.build_alibi_tensor(ones, config.n_head, x.dtype)
+            nothing = torch.zeros_like(x)  # BLOOM's attention adds the residual itself
+            added, *_ = block.self_attention(
+                inside, nothing, alibi=alibi, attention_mask=create_causal_mask(**mask)
+            )
+            return inside if block.apply_residual_connection_post_layernorm else x, added
+        block = body.layers[layer]
         window = getattr(block.self_attn, "sliding_window", getattr(config, "sliding_window", None))
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
         angles = body.rotary_emb(x, self.positions[row : row + 1].to(x.device))
-        return block(x, attention_mask=make(**mask), position_embeddings=angles)
+        inside = block.input_layernorm(x)
+        added, *_ = block.self_attn(
+            hidden_states=inside, position_embeddings=angles, attention_mask=make(**mask)
+        )
+        return x, added
+
+    def finish(self, model, layer: int, hidden: Tensor) -> Tensor:
+        """The rest of the layer, behind its attention: [1, tokens, hidden]."""
+        body = model.base_model
+        block = body.h[layer] if hasattr(body, "h") else body.layers[layer]
+        inside = block.post_attention_layernorm(hidden)
+        if hasattr(body, "h"):
+            return block.mlp(inside, inside if block.apply_residual_connection_post_layernorm else hidden)
+        return hidden + block.mlp(inside)
 
 
-def _refit(stream: _Stream, model, small, layer: int, x: Tensor, y: Tensor, seen: list) -> None:
-    """Fit W_O of the small layer again, and move both streams behind the layer, in place."""
-    old, new = attention_modules(model)[layer], attention_modules(small)[layer]
-    last = new.dense if hasattr(new, "dense") else new.o_proj
-    kept, gram, cross = {}, 0, 0
-    handles = [
-        old.register_forward_hook(lambda module, args, output: kept.update(target=output[0][0])),
-        last.register_forward_pre_hook(lambda module, args: kept.update(z=args[0][0])),
-    ]
-    adds = hasattr(new, "dense")  # BLOOM's attention adds the residual, its second argument, itself
-    if adds:
-        handles.append(new.register_forward_pre_hook(lambda module, args: kept.update(residual=args[1][0])))
-    try:
-        for row in range(len(x)):
-            after = stream.run(model, layer, x, row)
-            seen.clear()
-            stream.run(small, layer, y, row)
-            target = kept["target"] - kept["residual"] if adds else x[row] + kept["target"] - y[row]
-            if last.bias is not None:
-                target = target - last.bias
-            z = kept["z"].double()  # [tokens, h · r_v]
-            gram, cross = gram + z.T @ z, cross + z.T @ target.double()
-            x[row] = after[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    old_weight = last.weight.double().T  # [h · r_v, hidden]
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    step = torch.linalg.solve(gram + ridge, cross - gram @ old_weight)
-    last.weight.copy_((old_weight + step).T)
-    for row in range(len(y)):
-        y[row] = stream.run(small, layer, y, row)[0]
+class _Kept:
+    """The file that finished layers are kept in, or none."""
+
+    def __init__(self, path, run: dict):
+        self.path, self.run = None if path is None else Path(path).expanduser(), run
+        self.saved, self.cost = time.monotonic(), 0.0
+
+    def load(self, x: Tensor, y: Tensor, modules: list) -> int:
+        """How many layers are finished; they and the streams behind them are set."""
+        if self.path is None or not self.path.exists():
+            return 0
+        tensors, about = load_tensors(self.path)
+        run = about.get("sequential", {})
+        if differs := next((name for name in self.run if run.get(name) != self.run[name]), None):
+            raise ValueError(
+                f"{str(self.path)!r} holds a conversion of another {differs}: name another path, or delete that file "
+                "to start anew"
+            )
+        x.copy_(tensors["x"])
+        y.copy_(tensors["y"])
+        for layer, module in enumerate(modules[: about["done"]]):
+            module.load_state_dict({name: tensors[f"{layer}.{name}"] for name in module.state_dict()})
+        return about["done"]
+
+    def save(self, done: int, x: Tensor, y: Tensor, modules: list) -> None:
+        """Keep what is finished, so often that it takes a twentieth of the time; the last layer in any case."""
+        if self.path is None or (done < len(modules) and time.monotonic() - self.saved < 20 * self.cost):
+            return
+        start = time.monotonic()
+        tensors = {"x": x, "y": y}
+        for layer, module in enumerate(modules[:done]):
+            tensors |= {f"{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
+        save_tensors(
+            self.path,
+            {name: t.contiguous() for name, t in tensors.items()},
+            {"sequential": self.run, "done": done},
+        )
+        self.saved = time.monotonic()
+        self.cost = self.saved - start
