@@ -88,18 +88,23 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)"
     )
     loading.add_argument("--device", help="such as cpu or cuda (default: cuda where there is one)")
-    reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument(
-        "--text", default="pydoc-topics", help="a named text, a file or a folder (%(default)s)"
-    )
-    reading.add_argument("--windows", type=int, default=16, metavar="N", help="of the text (%(default)s)")
-    reading.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens of a window (%(default)s)"
-    )
+
+    def reading(windows: int) -> argparse.ArgumentParser:
+        made = argparse.ArgumentParser(add_help=False)
+        made.add_argument(
+            "--text", default="pydoc-topics", help="a named text, a file or a folder (%(default)s)"
+        )
+        made.add_argument(
+            "--windows", type=int, default=windows, metavar="N", help="of the text (%(default)s)"
+        )
+        made.add_argument(
+            "--length", type=int, default=512, metavar="N", help="tokens of a window (%(default)s)"
+        )
+        return made
 
     command(doctor, "Say what is installed, and what is missing.")
-    command(spectrum, "Count the directions that keys and values need, layer by layer.", loading, reading)
-    made = command(compress, "Write a model with a smaller cache.", loading, reading)
+    command(spectrum, "Count the directions that keys and values need, layer by layer.", loading, reading(16))
+    made = command(compress, "Write a model with a smaller cache.", loading, reading(32))
     dial = made.add_mutually_exclusive_group(required=True)
     dial.add_argument("--kv-heads", type=int, metavar="G", help="key-value heads of each layer afterwards")
     dial.add_argument(
@@ -108,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, metavar="DIR", help="a new or an empty folder")
     made.add_argument("--stock", action="store_true", help="keep the model's own class (form S)")
     made.add_argument(
-        "--sequential", action="store_true", help="layer by layer: better and several times slower"
+        "--sequential",
+        action=argparse.BooleanOptionalAction,
+        help="layer by layer, or all at once: faster and worse (default: layer by layer without --stock and --basis)",
     )
     made.add_argument(
         "--reach", type=int, metavar="N", help="positions to serve (default: 2048, or all that the model has)"
@@ -121,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="windows for the card's numbers, 0: none (%(default)s)",
     )
-    made = command(evaluate, "Measure a model, a compressed one against its original.", loading, reading)
+    made = command(evaluate, "Measure a model, a compressed one against its original.", loading, reading(16))
     made.add_argument(
         "--original", metavar="MODEL", help="what to compare with (default: what it was made from)"
     )
@@ -204,7 +211,10 @@ def spectrum(asked) -> tuple[dict, int]:
 
 
 def compress(asked) -> tuple[dict, int]:
-    """Calibrate, convert, measure, save. What can fail without the weights fails before they are loaded."""
+    """Calibrate, convert, measure, save. What can fail without the weights fails before they are loaded.
+
+    Until the folder is written, what was computed is kept beside it, and the same command goes on from there.
+    """
     from . import calibration, convert, folder, sequential, sizes, zoo
     from . import evaluate as measure
     from .bases import ATTENDED
@@ -216,7 +226,7 @@ def compress(asked) -> tuple[dict, int]:
         kv_ratio=asked.kv_ratio,
         basis=asked.basis,
         stock=asked.stock,
-        sequential=asked.sequential,
+        sequential=not (asked.stock or asked.basis) if asked.sequential is None else asked.sequential,
         reach=asked.reach,
     )
     config = zoo.config(asked.model)
@@ -227,16 +237,17 @@ def compress(asked) -> tuple[dict, int]:
     held_out = None
     if asked.eval_windows:
         held_out = _windows(asked, model, tokenizer, "evaluation", asked.eval_windows)
-    if plan.sequential:
-        small = sequential.compress(model, windows, plan)
-    else:
-        moments = calibration.calibrate(model, windows, attention=plan.basis in ATTENDED)
-        small = convert.compress(model, moments, plan)
-    found = _costs(small, model)
-    if held_out is not None:
-        found = _compared(measure.compare(small, model, held_out)) | found
-    rows = found if held_out is None else {"evaluation text": repr(held_out)} | found
-    out = folder.save(small, tokenizer, out, asked.model, windows, rows)
+    with _kept_beside(out) as kept:
+        if plan.sequential:
+            small = sequential.compress(model, windows, plan, kept)
+        else:
+            moments = calibration.calibrate(model, windows, attention=plan.basis in ATTENDED, path=kept)
+            small = convert.compress(model, moments, plan)
+        found = _costs(small, model)
+        if held_out is not None:
+            found = _compared(measure.compare(small, model, held_out)) | found
+        rows = found if held_out is None else {"evaluation text": repr(held_out)} | found
+        out = folder.save(small, tokenizer, out, asked.model, windows, rows)
     _print_measured(found)
     print(f"written: {out}")
     found |= {"model": asked.model, "out": str(out), "plan": plan.as_dict(), "calibration": _text(windows)}
@@ -311,6 +322,21 @@ def _load(asked, name: str):
     from . import zoo
 
     return zoo.load(name, dtype=asked.dtype, device=asked.device)
+
+
+@contextlib.contextmanager
+def _kept_beside(out: Path):
+    """The file that a long run is kept in until its folder is written; it stays when the run is stopped."""
+    kept = out.with_name(out.name + ".resume")
+    if kept.exists():
+        print(f"going on from {kept}")
+    try:
+        yield kept
+    except BaseException:  # Ctrl-C too
+        if kept.exists():
+            print(f"kept for when the same command is given again: {kept}", file=sys.stderr)
+        raise
+    kept.unlink(missing_ok=True)
 
 
 def _windows(asked, model, tokenizer, split: str, count: int | None = None):

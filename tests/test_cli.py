@@ -67,7 +67,10 @@ def test_compress_evaluate_generate(run, tmp_path, dial):
     assert made["cache_bytes_per_token"] == share * made["original_cache_bytes_per_token"] == share * 8192
     planned = re.search(r"planned: .* (\d+) bytes of cache", err)
     assert int(planned[1]) == made["cache_bytes_per_token"]
-    assert err.index("planned:") < err.index("calibrating")  # said before the work
+    work = "calibrating" if "--stock" in dial else "compressing"
+    assert err.index("planned:") < err.index(work)  # said before the work
+    assert made["plan"]["sequential"] == ("--stock" not in dial)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
     assert made["out"] == str(out) and made["plan"]["basis"] and made["calibration"]["windows"] == 2
 
     status, said, err = run("evaluate", out, *SHORT, "--json", tmp_path / "found.json")
@@ -215,7 +218,8 @@ def test_a_compressed_model_is_not_compressed_again(run, tmp_path):
 @pytest.mark.parametrize(
     "error, code, last", [(KeyboardInterrupt, 130, "interrupted"), (OSError("disk full"), 1, "disk full")]
 )
-def test_a_save_that_fails_leaves_nothing(run, tmp_path, monkeypatch, error, code, last):
+@pytest.mark.parametrize("way", [["--basis", "mean-pool"], ["--sequential"]], ids=str)
+def test_a_save_that_fails_leaves_no_folder_and_the_work(run, tmp_path, monkeypatch, error, code, last, way):
     def stop(*args):
         raise error
 
@@ -225,15 +229,19 @@ def test_a_save_that_fails_leaves_nothing(run, tmp_path, monkeypatch, error, cod
         "mini-llama",
         "--kv-heads",
         4,
-        "--basis",
-        "mean-pool",
+        *way,
         "--eval-windows",
         0,
         *SHORT,
     ]
     status, said, err = run(*arguments, "--out", tmp_path / "out")
     assert status == code and err.splitlines()[-1] == f"kvteach: {last}" and no_trace(err)
-    assert not list(tmp_path.iterdir()) and "written" not in said
+    assert "written" not in said and f"the same command is given again: {tmp_path / 'out.resume'}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.resume"]
+    monkeypatch.undo()
+    status, said, err = run(*arguments, "--out", tmp_path / "out")
+    assert status == 0 and said.count(f"going on from {tmp_path / 'out.resume'}") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_bug_says_its_type_and_debug_shows_it(run, monkeypatch):
