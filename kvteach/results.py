@@ -13,7 +13,14 @@ from . import __version__
 FOLDER = Path(__file__).resolve().parents[1] / "book" / "data"
 REMOTE = "https://raw.githubusercontent.com/kvteach/kvteach/v{version}/book/data/{name}.json"
 # What a row is about unless it is asked otherwise.
-USUAL = {"kv_heads": None, "kv_ratio": None, "length": 512, "calibrated": 512, "text": "pydoc-topics"}
+USUAL = {
+    "kv_heads": None,
+    "kv_ratio": None,
+    "length": 512,
+    "calibrated": 512,
+    "reach": 512,
+    "text": "pydoc-topics",
+}
 
 
 def load(name: str) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kvteach import Plan, compress, text, zoo
+from kvteach import Plan, compress, sequential, text, zoo
 from kvteach.bases import METHODS
 from kvteach.calibration import calibrate
 from kvteach.evaluate import Reference, cached_bytes, compare
@@ -27,8 +27,7 @@ from kvteach.evaluate import Reference, cached_bytes, compare
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "book" / "data" / "bases.json"
 TOKENS = 32 * 512  # of calibration, whatever the length of its windows
-THREADS = 1  # the last digits of a sum depend on how many threads share it
-POOLED = ("mean-pool", "procrustes", "commuting-stock")  # make heads of the old width, so they know no ratio
+THREADS = 2  # the last digits of a sum depend on how many threads share it
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class Case:
 
     Attributes
     ----------
-    basis : a name of `kvteach.bases.METHODS`, or ``original``.
+    basis : a name of `kvteach.bases.METHODS`, ``sequential`` or ``original``.
     text, length, windows : what the model is compared on: the first windows of the evaluation side.
     calibrated : length of the calibration windows, always of pydoc-topics and `TOKENS` in all.
+    reach : positions that the bases are made for.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Case:
     length: int = 512
     windows: int = 16
     calibrated: int = 512
+    reach: int = 512
 
 
 def cases() -> list[Case]:
@@ -63,7 +64,7 @@ def cases() -> list[Case]:
     for model in ("mini-llama", "mini-bloom"):
         found.append(Case(model, "original", **long))
         found += [Case(model, basis, 2, **long) for basis in _bases(model)]
-        found += [Case(model, basis, 2, **long, calibrated=2048) for basis in _bases(model)]
+        found += [Case(model, basis, 2, **long, calibrated=2048, reach=2048) for basis in _bases(model)]
     return found
 
 
@@ -73,25 +74,28 @@ def _bases(model: str) -> list[str]:
 
 
 def _smol() -> list[Case]:
-    """SmolLM2: eight windows, or three of 2048 tokens; the time is in the vocabulary of 49152."""
-    name, short = "smollm2-135m", {"windows": 8}
-    long = {"length": 2048, "windows": 3}
-    other = {"text": "stdlib-docstrings", "windows": 8}
-    first = ("activation-svd", "attention-weighted")
-    found = [Case(name, "original", **short)]
-    for ratio in (0.5, 0.33):
-        found += [Case(name, basis, kv_ratio=ratio, **short) for basis in first]
-    found.append(Case(name, "original", **long))
-    found += [Case(name, basis, kv_ratio=0.5, **long) for basis in (*first, "commuting-attended")]
-    found.append(Case(name, "attention-weighted", kv_ratio=0.5, **long, calibrated=2048))
-    found.append(Case(name, "original", **other))
-    found += [Case(name, basis, kv_ratio=0.5, **other) for basis in first]
-    found += [Case(name, basis, kv_heads=1, **short) for basis in ("mean-pool", "procrustes")]
-    for ratio in (0.5, 0.33, 0.67, 0.25):
-        for basis in (*first, "score-weighted", "commuting-attended", "weight-svd", "commuting"):
-            if (case := Case(name, basis, kv_ratio=ratio, **short)) not in found:
-                found.append(case)
-    return [*found, Case(name, "commuting-stock", kv_heads=1, **short)]
+    """SmolLM2. What one model is asked stands together: it is compressed once."""
+    name = "smollm2-135m"
+    short, other = {}, {"text": "stdlib-docstrings"}
+    long, longest = {"length": 2048, "windows": 6}, {"length": 8192, "windows": 2}
+    everywhere = (short, other, long, longest)
+    found = [Case(name, "original", **asked) for asked in everywhere]
+
+    def add(bases, ratios, asked, **calibrated) -> None:
+        for ratio in ratios:
+            for basis in bases:
+                rows = [Case(name, basis, kv_ratio=ratio, **calibrated, **one) for one in asked]
+                found.extend(row for row in rows if row not in found)
+
+    first, ratios = ("sequential", "attention-weighted"), (0.5, 0.33, 0.25, 0.67)
+    add(first, ratios, everywhere, reach=2048)
+    add(("activation-svd",), ratios, (short, other))
+    add(("attention-weighted", "activation-svd", "commuting-attended"), (0.5,), (short, long, longest))
+    add(("attention-weighted", "sequential"), ratios, (short, other))
+    add(("attention-weighted",), (0.5,), (short, long, longest), reach=2048, calibrated=2048)
+    add(("score-weighted", "weight-svd", "commuting", "commuting-attended"), (0.5, 0.33), (short,))
+    pooled = ("mean-pool", "procrustes", "commuting-stock")
+    return found + [Case(name, basis, kv_heads=1) for basis in pooled]
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,7 +112,7 @@ def _moments(name: str, length: int):
     return calibrate(model, text.windows(tokenizer, TOKENS // length, length), attention=True, path=path)
 
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=4)
 def _reference(name: str, source: str, length: int, count: int):
     """The original's side, and the fingerprint of the windows."""
     model, tokenizer = _load(name)
@@ -116,15 +120,25 @@ def _reference(name: str, source: str, length: int, count: int):
     return Reference.of(model, windows), windows.fingerprint
 
 
+@functools.lru_cache(maxsize=1)
+def _compressed(name: str, basis: str, kv_heads, kv_ratio, calibrated: int, reach: int):
+    model, tokenizer = _load(name)
+    if basis == "original":
+        return model
+    rotates = zoo.config(name).model_type == "llama"
+    dial = {"kv_heads": kv_heads, "kv_ratio": kv_ratio, "reach": reach if rotates else None}
+    if basis == "sequential":
+        windows = text.windows(tokenizer, TOKENS // calibrated, calibrated)
+        return sequential.compress(model, windows, Plan(**dial))
+    return compress(model, _moments(name, calibrated), Plan(**dial, basis=basis))
+
+
 def result(case: Case) -> dict:
     """The case and what was measured: the row as it stands in the file."""
     start = time.perf_counter()
-    model, tokenizer = _load(case.model)
+    _, tokenizer = _load(case.model)
     reference, fingerprint = _reference(case.model, case.text, case.length, case.windows)
-    small = model
-    if case.basis != "original":
-        plan = Plan(kv_heads=case.kv_heads, kv_ratio=case.kv_ratio, basis=case.basis)
-        small = compress(model, _moments(case.model, case.calibrated), plan)
+    small = _compressed(case.model, case.basis, case.kv_heads, case.kv_ratio, case.calibrated, case.reach)
     found = compare(small, reference)
     read = text.windows(tokenizer, TOKENS // case.calibrated, case.calibrated)
     return dataclasses.asdict(case) | {
