@@ -174,7 +174,7 @@ class _Stream:
         windows, tokens = ids.shape
         self.positions = torch.arange(tokens).expand(windows, -1).clone()
         if reach is not None:
-            moved = windows // 2
+            moved = (windows + 1) // 2
             shifts = torch.linspace(reach - tokens, 0, moved + 1)[:-1].long()  # from the last position on down
             self.positions[:moved, SINKS:] += shifts[:, None]
 

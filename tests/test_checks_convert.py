@@ -1,12 +1,14 @@
 """Chapter 4's checks: the right answer passes, every likely mistake gets its own sentence."""
 
 import pytest
+import torch
 
 from kvteach.checks import Mistake, convert
 
 RIGHT = {
     convert.query: lambda w, d, i: w @ d[:, 4 * i : 4 * i + 4].T,
     convert.output: lambda w, d, i: d[:, 4 * i : 4 * i + 4] @ w,
+    convert.decoder: lambda g, e, c: torch.linalg.inv(e.T @ g @ e) @ e.T @ g[:, c],
 }
 WRONG = [
     (convert.query, lambda w, d, i: w @ d[:, :4].T, "block of head 0"),
@@ -17,6 +19,11 @@ WRONG = [
     (convert.output, lambda w, d, i: -RIGHT[convert.output](w, d, i), "another matrix"),
     (convert.output, lambda w, d, i: ..., "is empty"),
     (convert.query, lambda w, d, i: None, "is empty"),
+    (convert.decoder, lambda g, e, c: torch.linalg.pinv(e)[:, c], "the moments are not in it"),
+    (convert.decoder, lambda g, e, c: e.T @ g[:, c], "divide by their moments"),
+    (convert.decoder, lambda g, e, c: e.T[:, c], "only when its columns are orthonormal"),
+    (convert.decoder, lambda g, e, c: -RIGHT[convert.decoder](g, e, c), "another D reads"),
+    (convert.decoder, lambda g, e, c: ..., "is empty"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 4: a basis absorbed into weights, on both sides of the cache.
+"""Checks of chapter 4: a basis absorbed into weights, on both sides of the cache, and a decoder of one's own.
 
 Rows of activations stand on the left: k = x W_K. Answers may be NumPy arrays or torch tensors.
 """
@@ -38,3 +38,27 @@ def output(answer) -> None:
     )
     right = decode[:, 2 * WIDTH :] @ w_o
     expect(np.allclose(found, right), "block i of the decoder times W_O is another matrix")
+
+
+@check("Exercise 4.3")
+def decoder(answer) -> None:
+    """``decoder(gram, encode, columns)``: the D [r, d_h] with the least tr (E D − S)ᵀ G (E D − S)."""
+    rows, encode = _draw(40, HEADS * WIDTH) @ _draw(HEADS * WIDTH, HEADS * WIDTH), _draw(HEADS * WIDTH, RANK)
+    gram, columns = rows.T @ rows, slice(WIDTH, 2 * WIDTH)
+    call = "decoder(gram, encode, columns)"
+    found = array(answer(gram.clone(), encode.clone(), columns), (RANK, WIDTH), call)
+    plain = torch.linalg.pinv(encode)[:, columns]
+    expect(
+        not np.allclose(found, plain),
+        "the moments are not in it: this is the best decoder when all directions of x are equally large",
+    )
+    expect(
+        not np.allclose(found, encode.T @ gram[:, columns]),
+        "this is Eᵀ G S; the numbers in x E are not independent, so divide by their moments, Eᵀ G E",
+    )
+    expect(
+        not np.allclose(found, encode.T[:, columns]),
+        "E turned round decodes only when its columns are orthonormal and all directions of x equally large",
+    )
+    right = torch.linalg.solve(encode.T @ gram @ encode, encode.T @ gram[:, columns])
+    expect(np.allclose(found, right), "another D reads this head with a smaller error")
