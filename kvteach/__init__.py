@@ -13,6 +13,7 @@ module           what it holds                                                  
 ``activations``  keys, values and queries of a forward pass                            2
 ``moments``      their sums over a text: count, mean, second moments                   2
 ``calibration``  the run that streams those sums through a model                       2
+``distributed``  the same by several processes, each with its share of the text
 ``rope``         the rotation, and what it does to second moments                      3
 ``bases``        what to keep of a group of heads, one method a file                   4
 ``plan``         what a compressed model is to look like                               4
@@ -50,6 +51,7 @@ _MODULES = (
     "cli",
     "convert",
     "cost",
+    "distributed",
     "env",
     "evaluate",
     "figures",

@@ -38,19 +38,12 @@ def calibrate(
     ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, or a
         file at `path` that belongs to another model, text, batch size or choice of `attention`.
     """
-    ids = torch.as_tensor(getattr(windows, "ids", windows))
-    if ids.ndim != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}"
-        )
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1")
+    ids = token_ids(windows)
+    asked = run(ids, batch)
     source = Source.of(model)
-    digest = hashlib.sha256(ids.long().cpu().numpy().tobytes()).hexdigest()
-    run = {"text": digest, "shape": list(ids.shape), "batch": batch}
     moments, fresh, done = Moments.zeros(source, attention), Moments.zeros(source, attention), 0
     if path is not None and Path(path).expanduser().exists():
-        moments, done = _resume(path, moments, run)
+        moments, done = _resume(path, moments, asked)
     moments.weight = moments.weight or _weights(model)
     batches, no_bar = ids.split(batch), not progress or bars_off()
     saved, cost, whole = time.monotonic(), 0.0, True
@@ -65,22 +58,40 @@ def calibrate(
             # Saved so often that it takes a twentieth of the time; a run that is killed repeats a few batches.
             if path is not None and time.monotonic() - saved > 20 * cost:
                 start = time.monotonic()
-                moments.save(path, done=done, **run)
+                moments.save(path, done=done, **asked)
                 saved = time.monotonic()
                 cost = saved - start
     finally:  # Ctrl-C, NaN, end: keep all finished batches, unless the stop fell into the adding itself
         if path is not None and whole and done:
-            moments.save(path, done=done, **run)
+            moments.save(path, done=done, **asked)
     return moments
 
 
-def _resume(path, empty: Moments, run: dict) -> tuple[Moments, int]:
+def token_ids(windows) -> Tensor:
+    """Token ids [windows, tokens] of `windows`; ValueError when they are none."""
+    ids = torch.as_tensor(getattr(windows, "ids", windows))
+    if ids.ndim != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"windows must be token ids [windows, tokens], at least one; got {tuple(ids.shape)} {ids.dtype}"
+        )
+    return ids
+
+
+def run(ids: Tensor, batch: int) -> dict:
+    """What tells one run from another, noted in the file that is kept of it; ValueError when `batch` is below 1."""
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    digest = hashlib.sha256(ids.long().cpu().numpy().tobytes()).hexdigest()
+    return {"text": digest, "shape": list(ids.shape), "batch": batch}
+
+
+def _resume(path, empty: Moments, asked: dict) -> tuple[Moments, int]:
     """The moments in `path` and how many batches they hold; ValueError when they are not of this run."""
     moments, notes = Moments.read(path)
     done = notes.pop("done", 0)
     differs = "model" if moments.source != empty.source else None
     differs = differs or ("choice of attention" if moments.gram.keys() != empty.gram.keys() else None)
-    differs = differs or next((name for name in run if notes.get(name) != run[name]), None)
+    differs = differs or next((name for name in asked if notes.get(name) != asked[name]), None)
     if differs:
         raise ValueError(
             f"{str(path)!r} holds moments of another {differs}: name another path, or delete that file to start anew"

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if asked.json and not Path(asked.json).parent.is_dir():  # before a long run, not after it
             raise FileNotFoundError(f"--json is {asked.json!r}; its folder does not exist: make it first")
-        with contextlib.redirect_stdout(people):
+        with contextlib.redirect_stdout(people), _processes(asked) as asked.processes:
             found, status = asked.run(asked)
         if asked.json == "-":
             print(json.dumps(found))
@@ -215,7 +215,7 @@ def compress(asked) -> tuple[dict, int]:
 
     Until the folder is written, what was computed is kept beside it, and the same command goes on from there.
     """
-    from . import calibration, convert, folder, sequential, sizes, zoo
+    from . import convert, folder, sequential, sizes, zoo
     from . import evaluate as measure
     from .bases import ATTENDED
     from .plan import Plan
@@ -229,6 +229,10 @@ def compress(asked) -> tuple[dict, int]:
         sequential=not (asked.stock or asked.basis) if asked.sequential is None else asked.sequential,
         reach=asked.reach,
     )
+    if plan.sequential and asked.processes:
+        raise ValueError(
+            "layer by layer a model is converted in one process: add --no-sequential, or start this without torchrun"
+        )
     config = zoo.config(asked.model)
     small_sizes = sizes.planned(config, plan)
     _print_sizes(asked, config, small_sizes)
@@ -241,7 +245,7 @@ def compress(asked) -> tuple[dict, int]:
         if plan.sequential:
             small = sequential.compress(model, windows, plan, kept)
         else:
-            moments = calibration.calibrate(model, windows, attention=plan.basis in ATTENDED, path=kept)
+            moments = _calibrated(asked, model, windows, plan.basis in ATTENDED, kept)
             small = convert.compress(model, moments, plan)
         found = _costs(small, model)
         if held_out is not None:
@@ -322,6 +326,31 @@ def _load(asked, name: str):
     from . import zoo
 
     return zoo.load(name, dtype=asked.dtype, device=asked.device)
+
+
+def _processes(asked):
+    """Under torchrun the group of its processes, without it None."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return contextlib.nullcontext()
+    if asked.run is not compress:
+        raise ValueError("only compress runs in several processes: start this without torchrun")
+    from . import distributed
+
+    return distributed.command()
+
+
+def _calibrated(asked, model, windows, attention: bool, kept: Path):
+    """Moments. Under torchrun all processes calibrate, and process 0 alone goes on from here."""
+    from . import calibration
+
+    alone = asked.processes is None
+    calibrate = calibration.calibrate if alone else asked.processes.calibrate
+    moments = calibrate(model, windows, attention=attention, path=kept)
+    if not alone:
+        asked.processes.leave()
+        if asked.processes.rank:
+            raise SystemExit(0)
+    return moments
 
 
 @contextlib.contextmanager

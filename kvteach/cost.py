@@ -211,6 +211,50 @@ def intensity(shape: Shape, cached: int, batch: int = 1, **widths: float) -> flo
     return work / sum(decode_bytes(shape, cached, batch, **widths).values())
 
 
+def moments_bytes(shape: Shape, attention: bool = True) -> dict[str, int]:
+    """Bytes of `kvteach.moments.Moments`, float64, of all layers: they do not depend on the number of tokens.
+
+    Gram matrices are [d, d] with d = kv_heads · head_dim, those of queries [query_heads, head_dim, head_dim].
+
+    Parameters
+    ----------
+    attention : count the attention-weighted kinds too.
+
+    Returns
+    -------
+    "sums", which grow while calibration runs and are there twice until a batch is finished, and "weights", the products
+    of the model's own weights.
+    """
+    kv, apart = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim**2
+    width = shape.query_heads * shape.head_dim
+    # keys before and after RoPE, values: gram and total; queries before and after; two attended grams
+    sums = 3 * (kv**2 + kv) + 2 * (apart + width) + attention * 2 * kv**2
+    return {"sums": 8 * shape.layers * sums, "weights": 8 * shape.layers * (2 * kv**2 + apart)}
+
+
+def calibration_flops(shape: Shape, tokens: int, attention: bool = True) -> dict[str, int]:
+    """FLOPs of calibrating on one window of `tokens` tokens, by the width of number they are done in.
+
+    Parameters
+    ----------
+    attention : count the attention-weighted kinds too: three Gram matrices for each query head.
+
+    Returns
+    -------
+    "forward" in the dtype of the model, "attended" (what each query head reads) in float32 or wider, and "grams" in
+    float64. The products of the weights, once for each model, are left out.
+    """
+    kv, query = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim
+    tokens = _whole(tokens, "tokens", 1)
+    # for each query head: A K and A V; then wide grams of the spread keys, of A K and of A V
+    grams = 2 * tokens * (3 * kv**2 + 2 * query * shape.head_dim + attention * shape.query_heads * 3 * kv**2)
+    return {
+        "forward": sum(flops(shape, new=tokens, logits=0).values()),
+        "attended": attention * shape.layers * shape.query_heads * 2 * (2 * tokens**2 * kv),
+        "grams": shape.layers * grams,
+    }
+
+
 def _widths(shape: Shape) -> tuple[int, int, int]:
     """Numbers per token and layer: of queries, of cached keys (or values), of the keys that W_K makes."""
     made = shape.kv_heads if shape.form == "S" else shape.source

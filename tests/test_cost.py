@@ -94,6 +94,27 @@ def test_flops_are_what_pytorch_counts(model, new, cached):
     assert counter.get_total_flops() - ours in ((0,) if model.config.model_type == "bloom" else (0, angles))
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_moments_and_their_flops_are_what_calibration_has(model, attention):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from kvteach.activations import record
+    from kvteach.calibration import _layer_sums, calibrate
+
+    shape, tokens = Shape.from_config(model.config), torch.ones(1, 6, dtype=torch.long)
+    moments = calibrate(model, tokens, attention=attention, progress=False)
+    held = [sum(x.nbytes for x in part.values()) for part in (moments.gram, moments.total, moments.weight)]
+    assert cost.moments_bytes(shape, attention) == {"sums": held[0] + held[1], "weights": held[2]}
+    layers = record(model, tokens, attention=attention)
+    with FlopCounterMode(display=False) as counter:
+        for activations in layers:
+            _layer_sums(activations)
+    ours = cost.calibration_flops(shape, tokens=6, attention=attention)
+    assert counter.get_total_flops() == ours["attended"] + ours["grams"]
+    assert ours["forward"] == sum(cost.flops(shape, new=6, logits=0).values())
+
+
 @pytest.mark.parametrize(
     "family, settings, expected",
     [
