@@ -87,12 +87,14 @@ def _smol() -> list[Case]:
                 rows = [Case(name, basis, kv_ratio=ratio, **calibrated, **one) for one in asked]
                 found.extend(row for row in rows if row not in found)
 
-    first, ratios = ("sequential", "attention-weighted"), (0.5, 0.33, 0.25, 0.67)
-    add(first, ratios, everywhere, reach=2048)
-    add(("activation-svd",), ratios, (short, other))
-    add(("attention-weighted", "activation-svd", "commuting-attended"), (0.5,), (short, long, longest))
-    add(("attention-weighted", "sequential"), ratios, (short, other))
+    for ratio in (0.5, 0.33, 0.25, 0.67):
+        add(("sequential", "attention-weighted"), (ratio,), everywhere, reach=2048)
+        add(("activation-svd",), (ratio,), (short, other))
+        add(("attention-weighted",), (ratio,), (short,))
+    for basis in ("attention-weighted", "activation-svd", "commuting-attended"):
+        add((basis,), (0.5,), (short, long, longest))
     add(("attention-weighted",), (0.5,), (short, long, longest), reach=2048, calibrated=2048)
+    add(("sequential",), (0.33, 0.5), (short, other, long))
     add(("score-weighted", "weight-svd", "commuting", "commuting-attended"), (0.5, 0.33), (short,))
     pooled = ("mean-pool", "procrustes", "commuting-stock")
     return found + [Case(name, basis, kv_heads=1) for basis in pooled]
