@@ -44,7 +44,9 @@ from .grouping import by_order
 from .moments import Source
 from .plan import Plan
 
-RIDGE = 0.03  # of the mean diagonal of ZᵀZ; a third or three times as much makes no difference that could be told
+RIDGE = (
+    0.03  # of the mean diagonal of ZᵀZ; a third or three times as much makes no difference that could be told
+)
 SINKS = 4  # first tokens that keep their positions when a window is moved
 
 
@@ -175,7 +177,9 @@ class _Stream:
         self.positions = torch.arange(tokens).expand(windows, -1).clone()
         if reach is not None:
             moved = (windows + 1) // 2
-            shifts = torch.linspace(reach - tokens, 0, moved + 1)[:-1].long()  # from the last position on down
+            shifts = torch.linspace(reach - tokens, 0, moved + 1)[
+                :-1
+            ].long()  # from the last position on down
             self.positions[:moved, SINKS:] += shifts[:, None]
 
     def begin(self) -> Tensor:

@@ -23,6 +23,8 @@ WRONG = [
     (convert.decoder, lambda g, e, c: e.T @ g[:, c], "divide by their moments"),
     (convert.decoder, lambda g, e, c: e.T[:, c], "only when its columns are orthonormal"),
     (convert.decoder, lambda g, e, c: -RIGHT[convert.decoder](g, e, c), "another D reads"),
+    (convert.decoder, lambda g, e, c: torch.linalg.inv(e.T @ g @ e) @ e[c].T @ g[c, c], "take all rows of G"),
+    (convert.output, lambda w, d, i: d[:, i::3] @ w, "side by side"),
     (convert.decoder, lambda g, e, c: ..., "is empty"),
 ]
 

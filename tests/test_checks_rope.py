@@ -56,7 +56,7 @@ WRONG = [
     (checks.nearest, lambda m: right_nearest(m, scale=1), "twice too large"),
     (checks.nearest, lambda m: blocks(*parts(m)[:2], -parts(m)[1], parts(m)[0]), "not the closest: average"),
     (checks.nearest, lambda m: m, "between two frequencies"),
-    (checks.nearest, lambda m: 0 * m, "not the closest yet"),
+    (checks.nearest, lambda m: 0 * m, "not the closest that commutes"),
     (checks.rebuild_flops, lambda l, h, g, d, r: l * (r * g * d + h * d), "are 2 FLOPs"),  # noqa: E741
     (checks.rebuild_flops, lambda l, h, g, d, r: 2 * r * g * d + 2 * h * d, "one cached token"),  # noqa: E741
     (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * r * g * d, "meet the queries"),  # noqa: E741
@@ -64,10 +64,14 @@ WRONG = [
     (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * h * r, "never rebuild"),  # noqa: E741
     (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * (r * g * d + g * d), "every query head"),  # noqa: E741
     (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * (r * h * d + h * d), "g heads, not h"),  # noqa: E741
+    (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * (r * g * d + h * r), "not the latent"),  # noqa: E741
+    (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * (r * g * d + 2 * h * d), "scores only"),  # noqa: E741
+    (checks.rebuild_flops, lambda l, h, g, d, r: l * 2 * (r * d + h * d), "of all g heads"),  # noqa: E741
     (checks.rebuild_flops, lambda *given: 7, "yours is 7"),
     (checks.over_positions, lambda g, t, n: over_positions(g, t, 0, n) * n, "that is the sum"),
     (checks.over_positions, lambda g, t, n: over_positions(g, -t, 0, n), "you turned backwards"),
     (checks.over_positions, lambda g, t, n: over_positions(g, t, 1, n + 1), "positions start at 0"),
+    (checks.over_positions, lambda g, t, n: over_positions(g, t, 0, n + 1), "one position too many"),
     (checks.over_positions, lambda g, t, n: g, "nothing has turned"),
     (checks.over_positions, mean_first, "averaged the rotations first"),
     (

@@ -88,16 +88,19 @@ def _smol() -> list[Case]:
                 found.extend(row for row in rows if row not in found)
 
     for ratio in (0.5, 0.33, 0.25, 0.67):
-        add(("sequential", "attention-weighted"), (ratio,), everywhere, reach=2048)
+        asked = everywhere if ratio == 0.5 else (short, other, long)
+        add(("sequential", "attention-weighted"), (ratio,), asked, reach=2048)
         add(("activation-svd",), (ratio,), (short, other))
         add(("attention-weighted",), (ratio,), (short,))
     for basis in ("attention-weighted", "activation-svd", "commuting-attended"):
         add((basis,), (0.5,), (short, long, longest))
     add(("attention-weighted",), (0.5,), (short, long, longest), reach=2048, calibrated=2048)
-    add(("sequential",), (0.33, 0.5), (short, other, long))
+    add(("attention-weighted", "sequential"), (0.5,), (short, long, longest), reach=8192)
     add(("score-weighted", "weight-svd", "commuting", "commuting-attended"), (0.5, 0.33), (short,))
     pooled = ("mean-pool", "procrustes", "commuting-stock")
-    return found + [Case(name, basis, kv_heads=1) for basis in pooled]
+    found += [Case(name, basis, kv_heads=1) for basis in pooled]
+    add(("sequential",), (0.33, 0.5), (short, other, long))
+    return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -37,6 +37,10 @@ def output(answer) -> None:
         "you took the block of head 0 for i = 2: it starts at i · d_h",
     )
     right = decode[:, 2 * WIDTH :] @ w_o
+    expect(
+        not np.allclose(found, decode[:, 2::HEADS] @ w_o),
+        "a head's numbers stand side by side: columns i · d_h and on",
+    )
     expect(np.allclose(found, right), "block i of the decoder times W_O is another matrix")
 
 
@@ -60,5 +64,11 @@ def decoder(answer) -> None:
         not np.allclose(found, encode.T[:, columns]),
         "E turned round decodes only when its columns are orthonormal and all directions of x equally large",
     )
-    right = torch.linalg.solve(encode.T @ gram @ encode, encode.T @ gram[:, columns])
+    normal = encode.T @ gram @ encode
+    own = torch.linalg.solve(normal, encode[columns].T @ gram[columns, columns])
+    expect(
+        not np.allclose(found, own),
+        "this head's columns go along with those of the other heads: take all rows of G in Eᵀ G S",
+    )
+    right = torch.linalg.solve(normal, encode.T @ gram[:, columns])
     expect(np.allclose(found, right), "another D reads this head with a smaller error")

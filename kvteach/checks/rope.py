@@ -90,8 +90,8 @@ def nearest(answer) -> None:
     )
     expect(
         np.allclose(found, blocks(alpha, beta, -beta, alpha)),
-        "not the closest yet: α is the mean of the two diagonal entries of a pair's block, β half the difference "
-        "of the other two",
+        "not the closest that commutes: α is the mean of the two diagonal entries of a pair's block, β half the "
+        "difference of the other two; (β, β) beside the diagonal would mirror, so one of them needs a minus",
     )
 
 
@@ -116,7 +116,23 @@ def rebuild_flops(answer) -> None:
         value != tokens * (2 * r * h * d + 2 * h * d),
         "a key is rebuilt once for all the query heads that share it: g heads, not h",
     )
-    expect(value == right, f"10 tokens × (2·5·3·4 + 2·6·4) = {right}, yours is {value:g}")
+    expect(
+        value != tokens * (2 * r * g * d + 2 * h * r),
+        "queries meet the rebuilt keys, d_h numbers each, not the latent",
+    )
+    expect(
+        value != tokens * (2 * r * g * d + 4 * h * d),
+        "the values are not asked for: scores only, one product per query head and cached token",
+    )
+    expect(
+        value != tokens * (2 * r * d + 2 * h * d),
+        "the latent gives the keys of all g heads, not of one alone",
+    )
+    expect(
+        value == right,
+        f"each cached token is rebuilt from r to g · d_h numbers and meets h queries of d_h: {right} in all, yours "
+        f"is {value:g}",
+    )
 
 
 @check("Exercise 3.4")
@@ -134,6 +150,10 @@ def over_positions(answer) -> None:
     expect(
         not np.allclose(found, rope.over_positions(gram, THETA, 1, count + 1)),
         "positions start at 0 and end at count − 1",
+    )
+    expect(
+        not np.allclose(found, rope.over_positions(gram, THETA, 0, count + 1)),
+        "one position too many: they end at count − 1",
     )
     expect(not np.allclose(found, gram), "nothing has turned")
     mean = sum(rope.rotation(s, THETA) for s in range(count)) / count
