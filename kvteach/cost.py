@@ -12,6 +12,8 @@ bytes in every form. The forms differ in where the basis Ψ lives:
 - "S", stock: Ψ is absorbed into the weights (no RoPE, or a basis that commutes with it). A plain GQA model.
 - "G", grouped, for RoPE: keys are made at the source width, rotated, then multiplied by Ψ, which is
   t·d_h × d_h for each group of t source heads; every query head has a d_h × d_h map. Values are absorbed.
+- "R", research: as G, but a head caches `key_rank` and `value_rank` numbers instead of d_h. One latent for the whole
+  layer is kv_heads = 1, and with whole heads it is G. Without RoPE ranks go into the weights: form "S" with ranks.
 - "L", one Ψ for the layer's keys (g·d_h × source width), which the queries are multiplied by too, so that
   each is g·d_h long. Values are absorbed. The paper treats RoPE so (arXiv 2406.07056, section 3.4).
 """
@@ -20,6 +22,7 @@ import operator
 from dataclasses import dataclass, replace
 from numbers import Real
 
+FORMS = ("S", "G", "R", "L")
 _FAMILIES = ("llama", "mistral", "qwen2", "bloom")
 _SIZES = ("layers", "hidden", "query_heads", "kv_heads", "head_dim", "intermediate", "vocab")
 
@@ -50,6 +53,8 @@ class Shape:
     tied: bool = True  # the LM head is the embedding table
     form: str = "S"
     source_kv_heads: int | None = None  # before compression; None when the model is as it was trained
+    key_rank: int | None = None  # numbers cached for a head's keys; None for head_dim
+    value_rank: int | None = None
 
     def __post_init__(self):
         """Refuse numbers that no model has."""
@@ -61,8 +66,17 @@ class Shape:
                 f"kv_heads is {self.kv_heads}; it should divide query_heads ({self.query_heads}): "
                 f"{_divisors(self.query_heads)}"
             )
-        if self.form not in ("S", "G", "L"):
-            raise ValueError(f'form is {self.form!r}; it should be "S", "G" or "L"')
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}; it should be one of {', '.join(FORMS)}")
+        for name in ("key_rank", "value_rank"):
+            if (rank := getattr(self, name)) is None:
+                continue
+            rank = _whole(rank, name, 1)
+            object.__setattr__(self, name, None if rank == self.head_dim else rank)
+            if rank != self.head_dim and self.form not in ("S", "R"):
+                raise ValueError(f"{name} is {rank}; form {self.form} caches whole heads: leave it out")
+        if self.form == "R" and self.key_rank is None and self.value_rank is None:
+            object.__setattr__(self, "form", "G")  # whole heads: one shape has one name
         source = self.source
         if source % self.kv_heads or self.query_heads % source:
             raise ValueError(
@@ -79,36 +93,56 @@ class Shape:
             else _whole(self.source_kv_heads, "source_kv_heads", 1)
         )
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers that one cached head holds for a token: keys, values."""
+        return self.key_rank or self.head_dim, self.value_rank or self.head_dim
+
     @classmethod
     def from_config(cls, config) -> "Shape":
-        """The shape of a transformers config of the LLaMA, Mistral, Qwen2 or BLOOM family."""
-        family = getattr(config, "model_type", None)
+        """The shape of a transformers config of the LLaMA, Mistral, Qwen2 or BLOOM family, compressed or not."""
+        found = getattr(config, "model_type", None)
+        family = str(found).removeprefix("kvteach_")
         if family not in _FAMILIES:
-            raise ValueError(f"model_type is {family!r}; it should be one of {', '.join(_FAMILIES)}")
+            raise ValueError(f"model_type is {found!r}; it should be one of {', '.join(_FAMILIES)}")
         heads, hidden, bloom = config.num_attention_heads, config.hidden_size, family == "bloom"
         biased = bloom or bool(getattr(config, "attention_bias", False))
+        kv_heads = heads if bloom else config.num_key_value_heads or heads
+        small = {}
+        if family != found:  # one of kvteach.models
+            kv_heads = config.num_key_value_heads
+            small = {
+                "form": "S" if bloom else "R",
+                "source_kv_heads": config.source_key_value_heads,
+                "key_rank": config.key_rank,
+                "value_rank": config.value_rank,
+            }
         return cls(
             layers=config.num_hidden_layers,
             hidden=hidden,
             query_heads=heads,
-            kv_heads=heads if bloom else config.num_key_value_heads or heads,
+            kv_heads=kv_heads,
             head_dim=getattr(config, "head_dim", None) or hidden // heads,
             intermediate=4 * hidden if bloom else config.intermediate_size,
             vocab=config.vocab_size,
             gated=not bloom,
             qkv_bias=biased or family == "qwen2",
-            out_bias=biased,
+            out_bias=biased or bool(getattr(config, "output_bias", False)),
             mlp_bias=bloom or bool(getattr(config, "mlp_bias", False)),
             norm_bias=bloom,
             embedding_norm=bloom,
             tied=bool(config.tie_word_embeddings),
+            **small,
         )
 
-    def compress(self, kv_heads: int, form: str = "S") -> "Shape":
-        """The same model with `kv_heads` key-value heads of the same width, in form "S", "G" or "L"."""
-        if self.form != "S":
+    def compress(
+        self, kv_heads: int, form: str = "S", key_rank: int | None = None, value_rank: int | None = None
+    ) -> "Shape":
+        """The same model with `kv_heads` key-value heads, of the same width unless ranks say otherwise."""
+        if self.form != "S" or self.key_rank or self.value_rank:
             raise ValueError(f'form is "{self.form}" already; compress the shape it came from')
-        return replace(self, kv_heads=kv_heads, form=form, source_kv_heads=self.kv_heads)
+        ranks = {"key_rank": key_rank, "value_rank": value_rank}
+        return replace(self, kv_heads=kv_heads, form=form, source_kv_heads=self.kv_heads, **ranks)
 
 
 def cache_bytes(
@@ -116,24 +150,24 @@ def cache_bytes(
 ) -> int | float:
     """Bytes of the key-value cache of `batch` sequences of `tokens` tokens.
 
-    2 · layers · kv_heads · head_dim numbers a token: the 2 is keys and values.
+    2 · layers · kv_heads · head_dim numbers a token, where heads are whole: the 2 is keys and values.
 
     Parameters
     ----------
-    ranks : numbers cached per token and layer instead of whole heads (form R): a pair (keys, values) for all
+    ranks : numbers cached per token and layer instead of what the shape says: a pair (keys, values) for all
         layers, or one pair for each layer. All heads of the layer share them.
     """
     tokens, batch = _whole(tokens, "tokens", 0), _whole(batch, "batch", 1)
-    pairs = [(shape.kv_heads * shape.head_dim,) * 2] if ranks is None else _pairs(ranks, shape)
+    pairs = [_cached(shape)] if ranks is None else _pairs(ranks, shape)
     numbers = sum(key + value for key, value in pairs) * (shape.layers // len(pairs))
     return batch * tokens * numbers * _width(bytes_per_number)
 
 
 def attention_parameters(shape: Shape) -> int:
-    """Weights and biases of the attention of all layers, with what form G or L adds."""
-    query, kv, key = _widths(shape)
-    weights = shape.hidden * (2 * query + key + kv)
-    biases = shape.qkv_bias * (query + key + kv) + shape.out_bias * shape.hidden
+    """Weights and biases of the attention of all layers, with what form G, R or L adds."""
+    query, key, value, output = _widths(shape)
+    weights = shape.hidden * (query + key + value + output)
+    biases = shape.qkv_bias * (query + key + value) + shape.out_bias * shape.hidden
     return shape.layers * (weights + biases + _basis_numbers(shape))
 
 
@@ -164,23 +198,24 @@ def flops(
 
     Returns
     -------
-    "projections" (queries, keys, values, output), "basis" (form G or L), "attention" (scores and weighted
+    "projections" (queries, keys, values, output), "basis" (form G, R or L), "attention" (scores and weighted
     values), "mlp" and "head". Their sum is the whole.
     """
     new, cached = _whole(new, "new", 1), _whole(cached, "cached", 0)
     logits = _whole(logits, "logits", 0)
     if logits > new:
         raise ValueError(f"logits is {logits}; it should be 0 to new ({new})")
-    query, kv, key = _widths(shape)
+    query, key, value, output = _widths(shape)
     pairs = new * cached + (new * (new + 1) // 2 if causal else new * new)
-    wide = shape.kv_heads if shape.form == "L" else 1  # form L: every query is kv_heads times longer
+    long, _ = shape.widths  # numbers of a score's query
     basis = _basis_numbers(shape)
     if shape.form == "L":
-        basis += query * kv  # each query head meets its d_h rows of Ψ
+        long, _ = _cached(shape)
+        basis += query * long  # each query head meets its d_h rows of Ψ
     return {
-        "projections": 2 * new * shape.layers * shape.hidden * (2 * query + key + kv),
+        "projections": 2 * new * shape.layers * shape.hidden * (query + key + value + output),
         "basis": 2 * new * shape.layers * basis,
-        "attention": 2 * pairs * shape.layers * query * (wide + 1),
+        "attention": 2 * pairs * shape.layers * (shape.query_heads * long + output),
         "mlp": 2 * new * shape.layers * shape.hidden * shape.intermediate * (2 + shape.gated),
         "head": 2 * logits * shape.hidden * shape.vocab,
     }
@@ -255,16 +290,28 @@ def calibration_flops(shape: Shape, tokens: int, attention: bool = True) -> dict
     }
 
 
-def _widths(shape: Shape) -> tuple[int, int, int]:
-    """Numbers per token and layer: of queries, of cached keys (or values), of the keys that W_K makes."""
-    made = shape.kv_heads if shape.form == "S" else shape.source
-    return shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim, made * shape.head_dim
+def _cached(shape: Shape) -> tuple[int, int]:
+    """Numbers that a layer caches for a token: of keys, of values."""
+    key, value = shape.widths
+    return shape.kv_heads * key, shape.kv_heads * value
+
+
+def _widths(shape: Shape) -> tuple[int, int, int, int]:
+    """Numbers per token and layer: that W_Q, W_K and W_V make, and that W_O reads."""
+    h, d_h = shape.query_heads, shape.head_dim
+    key, value = shape.widths
+    if shape.form == "S":
+        query, made = h * key, shape.kv_heads * key
+    else:  # keys are made at the source width, and projected after the rotation
+        query, made = h * d_h, shape.source * d_h
+    return query, made, shape.kv_heads * value, h * value
 
 
 def _basis_numbers(shape: Shape) -> int:
-    """Parameters that form G or L adds to a layer."""
-    query, kv, key = _widths(shape)
-    return {"S": 0, "G": (key + query) * shape.head_dim, "L": kv * key}[shape.form]
+    """Parameters that form G, R or L adds to a layer."""
+    d_h, key = shape.head_dim, shape.widths[0]
+    grouped = (shape.source + shape.query_heads) * d_h * key
+    return {"S": 0, "G": grouped, "R": grouped, "L": shape.kv_heads * d_h * shape.source * d_h}[shape.form]
 
 
 def _pairs(ranks, shape: Shape) -> list[tuple[int, int]]:

@@ -1,33 +1,14 @@
 """Sizes: parameters and cache of a model, from its config alone, before anything is loaded.
 
-A layer of n key-value heads and h query heads of d_h numbers, cached as g heads of r_k and r_v, has
-
-    absorbed             W_Q [d, h·r_k]   W_K [d, g·r_k]                             W_V [d, g·r_v]   W_O [h·r_v, d]
-    keys after RoPE      W_Q [d, h·d_h]   W_K [d, n·d_h]   E [n·d_h, r_k]   M [h·d_h, r_k]    W_V and W_O the same
-
-With g = n and r = d_h, absorbed, it is the original.
+`kvteach.cost` has the arithmetic; here is what shape a config or a plan has.
 """
 
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 from . import cost
 from .moments import Source
 from .plan import Plan
-from .zoo import FAMILIES, check_family
-
-# What kvteach.cost.Shape reads of a config; a compressed one has them too.
-_FIELDS = (
-    "num_attention_heads",
-    "num_hidden_layers",
-    "hidden_size",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "attention_bias",
-    "mlp_bias",
-    "tie_word_embeddings",
-)
+from .zoo import check_family
 
 
 @dataclass(frozen=True)
@@ -43,54 +24,38 @@ class Sizes:
     parameters: int
     cached: int
 
+    @classmethod
+    def of_shape(cls, shape: cost.Shape) -> "Sizes":
+        """Of a model of this shape."""
+        return cls(cost.parameters(shape), cost.cache_bytes(shape, 1, bytes_per_number=1))
+
 
 def of(config) -> Sizes:
     """Sizes of a model of the LLaMA, Mistral, Qwen2 or BLOOM family as it is, compressed or not."""
     if not config.model_type.startswith("kvteach_"):
         check_family(config)
-        shape = _shape(config, getattr(config, "num_key_value_heads", None))
-        return _count(shape, shape.kv_heads, shape.head_dim, shape.head_dim, True, False)
-    shape = _shape(config, config.source_key_value_heads)
-    ranks = config.key_rank or shape.head_dim, config.value_rank or shape.head_dim
-    absorbed = _family(config) == "bloom"
-    return _count(shape, config.num_key_value_heads, *ranks, absorbed, getattr(config, "output_bias", False))
+    return Sizes.of_shape(cost.Shape.from_config(config))
 
 
 def planned(config, plan: Plan) -> Sizes:
     """Sizes that the model of `config` will have; ValueError when the plan does not fit it."""
+    return Sizes.of_shape(planned_shape(config, plan))
+
+
+def planned_shape(config, plan: Plan) -> cost.Shape:
+    """The shape that `plan` makes of the model of `config`; ValueError when it does not fit."""
     check_family(config)
-    shape = _shape(config, getattr(config, "num_key_value_heads", None))
-    source = Source(
+    shape = cost.Shape.from_config(config)
+    source = source_of(config)
+    groups, key_rank, value_rank = plan.layout(source)
+    form = "S" if plan.stock or not source.rotates else "R"
+    small = shape.compress(groups, form, key_rank, value_rank)
+    return replace(small, out_bias=small.out_bias or plan.centred)
+
+
+def source_of(config) -> Source:
+    """The `Source` of a model whose weights were not read."""
+    shape = cost.Shape.from_config(config)
+    return Source(
         config.model_type, shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim, weights=""
     )
-    absorbed = plan.stock or not source.rotates
-    return _count(shape, *plan.layout(source), absorbed, plan.centred)
-
-
-def _family(config) -> str:
-    return FAMILIES[config.model_type.removeprefix("kvteach_")]
-
-
-def _shape(config, kv_heads: int | None) -> cost.Shape:
-    """The original's shape."""
-    fields = {name: getattr(config, name, None) for name in _FIELDS}
-    model_type = config.model_type.removeprefix("kvteach_")
-    return cost.Shape.from_config(
-        SimpleNamespace(**fields, model_type=model_type, num_key_value_heads=kv_heads)
-    )
-
-
-def _count(
-    shape: cost.Shape, groups: int, key_rank: int, value_rank: int, absorbed: bool, biased: bool
-) -> Sizes:
-    """Sizes of `shape` with this attention; `biased` when its output has a bias that the original may not have."""
-    d, h, d_h = shape.hidden, shape.query_heads, shape.head_dim
-    queries, keys = (h * key_rank, groups * key_rank) if absorbed else (h * d_h, shape.kv_heads * d_h)
-    values = groups * value_rank
-    basis = 0 if absorbed else (shape.kv_heads + h) * d_h * key_rank
-    biases = shape.qkv_bias * (queries + keys + values) + (shape.out_bias or biased) * d
-    attention = d * (queries + keys + values + h * value_rank) + basis + biases
-    rest = cost.parameters(shape) - cost.attention_parameters(shape)
-    # in numbers, not bytes: one byte each
-    cached = cost.cache_bytes(shape, 1, bytes_per_number=1, ranks=(groups * key_rank, groups * value_rank))
-    return Sizes(rest + shape.layers * attention, cached)

@@ -213,6 +213,22 @@ def test_forms_cache_the_same_and_differ_in_weights(shape):
     assert cost.attention_parameters(layer) == cost.attention_parameters(stock) + extra
 
 
+def test_ranks_are_whole_heads_when_they_are_as_wide():
+    """Form R is form G with heads of another width; numbers by hand."""
+    mha = replace(HAND, kv_heads=4)
+    assert mha.compress(2, "R") == mha.compress(2, "R", 2, 2) == mha.compress(2, "G", 2)
+    latent = mha.compress(1, "R", key_rank=3, value_rank=5)
+    assert cost.cache_bytes(latent, tokens=7) == 7 * 2 * 2 * (3 + 5)
+    basis = 4 * 2 * 3 + 4 * 2 * 3  # E [n · d_h, r_k], M [h · d_h, r_k]
+    weights = 8 * (4 * 2 + 4 * 2 + 5 + 4 * 5)  # W_Q, W_K, W_V, W_O
+    assert cost.attention_parameters(latent) == 2 * (weights + basis)
+    step = cost.flops(latent, cached=9)
+    assert step["projections"] == 2 * 2 * weights and step["basis"] == 2 * 2 * basis
+    assert step["attention"] == 2 * 2 * 10 * 4 * (3 + 5)
+    absorbed = mha.compress(1, "S", 3, 5)
+    assert cost.attention_parameters(absorbed) == 2 * 8 * (4 * 3 + 3 + 5 + 4 * 5)
+
+
 def test_the_layer_wide_form_multiplies_the_score_flops():
     """g times the scores; values stay. Per head: q is g·d_h long."""
     mha = replace(HAND, kv_heads=4)
@@ -245,7 +261,12 @@ def test_plain_config_objects_are_enough():
         (lambda: replace(HAND, layers=0), "layers is 0; it should be 1 or more"),
         (lambda: replace(HAND, head_dim=2.5), "head_dim is 2.5; it should be a whole number"),
         (lambda: replace(HAND, vocab=None), "vocab is None; it should be a whole number, 1 or more"),
-        (lambda: replace(HAND, form="X"), 'form is \'X\'; it should be "S", "G" or "L"'),
+        (lambda: replace(HAND, form="X"), "form is 'X'; it should be one of S, G, R, L"),
+        (lambda: HAND.compress(1, "G", key_rank=3), "key_rank is 3; form G caches whole heads: leave it out"),
+        (lambda: HAND.compress(1, "L", value_rank=3), "value_rank is 3; form L caches whole heads"),
+        (lambda: HAND.compress(1, "R", key_rank=0), "key_rank is 0; it should be 1 or more"),
+        (lambda: HAND.compress(1, "R", value_rank=1.5), "value_rank is 1.5; it should be a whole number"),
+        (lambda: HAND.compress(2, "S", 1, 1).compress(1), 'form is "S" already'),
         (
             lambda: replace(HAND, source_kv_heads=3),
             "source_kv_heads is 3; it should be a multiple of kv_heads (2)",
