@@ -28,6 +28,8 @@ module           what it holds                                                  
 ``layers``       attention and output errors, layer by layer
 ``passkey``      a number hidden in a long text, asked for at the end
 ``text``         calibration and evaluation windows
+``throughput``   how fast models decode, side by side                                  5
+``roofline``     how fast they could: the rates of a machine, prediction, the fit      5
 ``results``      numbers that took long to measure, as stored
 ``figures``      one look for every plot
 ``widgets``      figures that move
@@ -63,11 +65,13 @@ _MODULES = (
     "passkey",
     "plan",
     "results",
+    "roofline",
     "rope",
     "sequential",
     "sizes",
     "svd",
     "text",
+    "throughput",
     "widgets",
     "zoo",
 )

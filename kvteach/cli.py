@@ -132,6 +132,17 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--original", metavar="MODEL", help="what to compare with (default: what it was made from)"
     )
+    made = command(bench, "Measure how fast a model decodes, beside smaller caches of it.", loading)
+    made.add_argument(
+        "--kv-heads", type=int, nargs="+", default=[], metavar="G", help="caches to compare with"
+    )
+    made.add_argument(
+        "--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens in the cache (1024)"
+    )
+    made.add_argument(
+        "--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences decoded together (1)"
+    )
+    made.add_argument("--cache", choices=("static", "dynamic"), default="static", help="(%(default)s)")
     made = command(generate, "Continue a text, the likeliest token each time.", loading)
     made.add_argument("prompt", metavar="TEXT")
     made.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="(%(default)s)")
@@ -291,6 +302,21 @@ def evaluate(asked) -> tuple[dict, int]:
     return found | _text(windows), 0
 
 
+def bench(asked) -> tuple[dict, int]:
+    """Steps timed and predicted, of the model and of its shape with fewer heads; nothing is calibrated."""
+    from . import sizes, throughput, zoo
+    from .plan import Plan
+
+    config = zoo.config(asked.model)
+    plans = {f"{heads} heads": Plan(kv_heads=heads) for heads in asked.kv_heads}
+    _print_sizes(asked, config, *(sizes.planned(config, plan) for plan in plans.values()))
+    model, _ = _load(asked, asked.model)
+    models = {"model": model} | {name: throughput.shaped(model, plan) for name, plan in plans.items()}
+    found = throughput.sweep(models, asked.context, asked.batch, asked.cache)
+    print(throughput.table(found))
+    return {"model": asked.model} | found, 0
+
+
 def generate(asked) -> tuple[dict, int]:
     """Greedy continuation."""
     from . import zoo
@@ -415,13 +441,13 @@ def _check_original(facts: dict, model, name: str) -> None:
         )
 
 
-def _print_sizes(asked, config, planned=None) -> None:
+def _print_sizes(asked, config, *planned) -> None:
     """Parameters, and bytes of weights and cache per token, from the config: before anything is loaded."""
     from . import sizes
 
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     width = BYTES.get(stored if asked.dtype == "auto" else asked.dtype, 4)
-    rows = [("model", sizes.of(config))] + ([("planned", planned)] if planned else [])
+    rows = [("model", sizes.of(config))] + [("planned", one) for one in planned]
     for name, found in rows:
         print(
             f"{name + ':':<8} {found.parameters / 1e6:.2f} M parameters, "

@@ -1,0 +1,464 @@
+"""How fast a model decodes: one measurement for every model, original or compressed.
+
+    model, _ = zoo.load("mini-llama")
+    models = {"8 heads": model} | {f"{g} heads": throughput.shaped(model, g) for g in (4, 2, 1)}
+    found = throughput.sweep(models, contexts=[1024, 8192], batches=[1, 8])
+    print(throughput.table(found))
+
+At each point (context × batch) all models are there at once and decode in turns, in one process: A B, B A, A B …
+What else runs on the machine then slows all alike, and the *ratio* of two models is that of each turn. The tokens are
+drawn once, and every model is fed the same ones: nothing depends on what a model would say. Steps are timed one by one,
+with CUDA's events on a GPU and a monotonic clock elsewhere; the first turn warms up.
+
+Speed does not depend on values. So `shaped` makes a compressed model with no calibration, and where a prefill would
+take too long the cache is filled with random keys and values; the row says ``"filled": "random"``.
+
+A cache that is small on paper only shows: its bytes are counted in its tensors, and one more step, not timed, runs
+under a counter of tensors. ``expands`` is true when that step made a tensor over all cached tokens larger than any that
+the cache holds, as repeating keys for each query head does.
+"""
+
+import datetime
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+
+from . import convert, cost, roofline, sizes
+from .activations import quiet
+from .env import bars_off
+from .grouping import by_order
+from .plan import Plan
+
+CACHES = ("static", "dynamic")
+PATIENCE = 5  # seconds of one prefill, as predicted, above which random keys and values take its place
+PREFILLS = 3
+
+
+def shaped(model, plan: Plan | int):
+    """A model of the shape that `plan`, or that many key-value heads, would make, without calibration.
+
+    Its attention holds weights that were drawn or are zero: it is as fast as the real one, and says nothing.
+    ValueError when the plan does not fit the model.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan(kv_heads=plan)
+    source = sizes.source_of(model.config)
+    groups, _, _ = plan.layout(source)
+    return convert.build(model, plan, source, [by_order(source.kv_heads, groups)] * source.layers)
+
+
+def sweep(
+    models: dict,
+    contexts: Sequence[int] = (1024,),
+    batches: Sequence[int] = (1,),
+    cache: str = "static",
+    steps: int = 4,
+    repeats: int = 5,
+    prefill: bool | None = None,
+    machine: roofline.Machine | None = None,
+    progress: bool = True,
+) -> dict:
+    """Measure every model at every point; the first model is what the others are compared with.
+
+    Parameters
+    ----------
+    models : name -> causal language model, all with one vocabulary, on one device and in one dtype.
+    contexts, batches : tokens in the cache when decoding starts, and sequences decoded together.
+    cache : "static", written in place, or "dynamic", which ``generate`` uses and which copies itself for each token.
+    steps, repeats : tokens decoded in one turn of a model, and turns that are timed.
+    prefill : fill the cache by running a text (random tokens) through the model, or with random keys and values.
+        None: by text, unless that is expected to take longer than `PATIENCE` seconds.
+    machine : for the prediction; measured when None.
+
+    Returns
+    -------
+    ``"made with"``: versions, device, threads, load. ``"machine"``: its rates. ``"rows"``, one a model and point:
+
+    - ``model, context, batch, kv_heads, cache, filled, attention, dtype``
+    - ``prefill_seconds, first_token_seconds``: medians, None where the cache was filled at random; ``prefill_ratio``
+      to the first model, turn by turn
+    - ``step_seconds``, ``step_quartiles``: median and middle half of one step, which decodes `batch` tokens
+    - ``tokens_per_second`` = batch / step_seconds, ``speedup`` over the first model, turn by turn
+    - ``predicted`` tokens per second and ``predicted_seconds`` by part, from `kvteach.roofline`; ``bound``: tokens per
+      second if weights and cache were read once at full bandwidth and nothing else took time
+    - ``weight_bytes``, ``cache_bytes`` in the tensors of the cache, which has room for ``cache_tokens``,
+      ``peak_bytes``: weights, cache and the most that a step or the prefill held besides (None where the system does
+      not tell), ``expands``
+
+    A model that runs out of memory has ``"error"`` in place of what was not measured, and the sweep goes on.
+
+    Raises
+    ------
+    ValueError : no models, a context or batch below 1, models of several vocabularies, devices or dtypes.
+    """
+    _check(models, contexts, batches, cache, steps, repeats)
+    first = next(iter(models.values()))
+    if machine is None:
+        shapes = [cost.Shape.from_config(model.config) for model in models.values()]
+        readers = {shape.query_heads // shape.kv_heads for shape in shapes}
+        widths = {shape.widths[0] for shape in shapes}
+        fused = first.config._attn_implementation != "eager"
+        found = [
+            roofline.measure(first.device.type, first.dtype, readers, batches, width, fused)
+            for width in widths
+        ]
+        machine = replace(found[0], attend={key: rate for one in found for key, rate in one.attend.items()})
+    points = [(context, batch) for context in contexts for batch in batches]
+    rows = []
+    for context, batch in tqdm(points, "decoding", disable=not progress or bars_off()):
+        point = _Point(machine, context, batch, cache, steps, repeats, prefill)
+        rows += point.measure(models)
+    return {"made with": _made_with(first), "machine": machine.as_dict(), "rows": rows}
+
+
+def table(found: dict) -> str:
+    """The rows of `sweep` for people."""
+    lines = [
+        f"{'model':<16} {'context':>7} {'batch':>5} {'cache MB':>9} {'prefill s':>9} {'ms/step':>9} {'± half':>7} "
+        f"{'tokens/s':>9} {'predicted':>9} {'speed-up':>8}"
+    ]
+    for row in found["rows"]:
+        line = f"{row['model'][:16]:<16} {row['context']:>7} {row['batch']:>5} "
+        if "error" in row:
+            lines.append(line + row["error"])
+            continue
+        low, high = row["step_quartiles"]
+        before = row["prefill_seconds"]
+        lines.append(
+            f"{line}{row['cache_bytes'] / 1e6:>9.1f} {'-' if before is None else format(before, '.3f'):>9} "
+            f"{row['step_seconds'] * 1e3:>9.2f} {(high - low) / 2 * 1e3:>7.2f} {row['tokens_per_second']:>9.1f} "
+            f"{row['predicted']:>9.1f} {'-' if row['speedup'] is None else format(row['speedup'], '.2f'):>8}"
+            f"{'  expands its cache' if row['expands'] else ''}"
+        )
+    made = found["made with"]
+    lines.append(
+        f"{made['device']}, {made['dtype']}, {made['threads']} threads, load {made['load']}, torch {made['torch']}, "
+        f"transformers {made['transformers']}"
+    )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One point
+
+
+class _Point:
+    """All models at one context and batch."""
+
+    def __init__(self, machine, context, batch, cache, steps, repeats, prefill):
+        self.machine, self.context, self.batch, self.cache = machine, context, batch, cache
+        self.steps, self.repeats, self.prefill = steps, repeats, prefill
+
+    def measure(self, models: dict) -> list[dict]:
+        """A row for each model."""
+        vocabulary = next(iter(models.values())).config.vocab_size
+        # the prompt, then the tokens of each turn, a first one for warming up, and one to count tensors in
+        tokens = self.context + self.steps * (self.repeats + 1) + 1
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (self.batch, tokens), generator=generator)
+        rows, runs = {name: self._about(name, model) for name, model in models.items()}, {}
+        with ExitStack() as stack:
+            for name, model in models.items():
+                stack.enter_context(quiet(model))
+                with _out_of_memory(rows, runs, name):
+                    self._room(model)
+                    runs[name] = _Run(model, ids.to(model.device), self)
+            self._in_turns(PREFILLS, rows, runs, _Run.fill)
+            self._in_turns(self.repeats + 1, rows, runs, _Run.decode)
+            for name in list(runs):
+                with _out_of_memory(rows, runs, name):
+                    rows[name] |= runs[name].found()
+        self._compare(rows, next(iter(models)), runs)
+        return list(rows.values())
+
+    def _in_turns(self, turns: int, rows: dict, runs: dict, act) -> None:
+        """Every model once a turn; each second turn backwards, so that none is always the first."""
+        for turn in range(turns):
+            names = list(runs)
+            for name in names if turn % 2 == 0 else reversed(names):
+                with _out_of_memory(rows, runs, name):
+                    act(runs[name], turn)
+
+    def _about(self, name: str, model) -> dict:
+        shape = cost.Shape.from_config(model.config)
+        size = model.dtype.itemsize
+        parts = roofline.seconds(
+            self.machine, shape, self.context, self.batch, size, grows=self.cache == "dynamic"
+        )
+        bare = replace(self.machine, attend={}, product={}, launch=0)
+        bound = sum(roofline.seconds(bare, shape, self.context, self.batch, size).values())
+        implementation = model.config._attn_implementation
+        folded = model.config.model_type.startswith("kvteach_")
+        return {
+            "model": name,
+            "context": self.context,
+            "batch": self.batch,
+            "kv_heads": shape.kv_heads,
+            "cache": self.cache,
+            "filled": "prefill" if self.by_text(shape) else "random",
+            "attention": f"{implementation}, heads folded" if folded else implementation,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+            "predicted": self.batch / sum(parts.values()),
+            "predicted_seconds": parts,
+            "bound": self.batch / bound,
+        }
+
+    def by_text(self, shape: cost.Shape) -> bool:
+        """True when a text fills the cache."""
+        if self.prefill is not None:
+            return self.prefill
+        work = self.batch * sum(cost.flops(shape, new=self.context).values())
+        return work / self.machine.matmul <= PATIENCE
+
+    def _room(self, model) -> None:
+        """Refuse what cannot fit before the system kills the process for it, which a CPU's memory ends with."""
+        shape = cost.Shape.from_config(model.config)
+        tokens = self.context + self.steps * (self.repeats + 1) + 1
+        need = cost.cache_bytes(shape, tokens, self.batch, model.dtype.itemsize)
+        if model.device.type == "cpu" and (free := _free()) is not None and need > free:
+            raise MemoryError(f"the cache takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+    def _compare(self, rows: dict, first: str, runs: dict) -> None:
+        """Each model beside the first: medians over turns of the ratio within a turn."""
+        for name, run in runs.items():
+            other = runs.get(first)
+            rows[name]["speedup"] = other and _ratio(map(median, other.turns), map(median, run.turns))
+            rows[name]["prefill_ratio"] = other and _ratio(run.prefills, other.prefills)
+
+
+class _Run:
+    """One model at one point: its cache, and the seconds of its steps."""
+
+    def __init__(self, model, ids: Tensor, point: _Point):
+        self.model, self.ids, self.point = model, ids, point
+        self.shape, self.peak = cost.Shape.from_config(model.config), _Peak(model.device)
+        self.turns: list[list[float]] = []
+        self.prefills: list[float] = []
+        self.firsts: list[float] = []
+        self.past, self.at = None, point.context
+        model(input_ids=ids[:, :8], use_cache=True, logits_to_keep=1)  # warm up
+
+    def fill(self, turn: int) -> None:
+        """A cache of `context` tokens: by text in each turn, at random in the first."""
+        if not self.point.by_text(self.shape):
+            if self.past is None:
+                self.past = self._empty()
+                self._draw()
+            return
+        self.past = None  # the old one goes before the new one comes
+        self.past = self._empty()
+        with self.peak:
+            self._prefill()
+
+    def _empty(self):
+        from transformers import DynamicCache, StaticCache
+
+        if self.point.cache == "dynamic":
+            return DynamicCache(config=self.model.config)
+        return StaticCache(config=self.model.config, max_cache_len=self.ids.shape[1])
+
+    def _prefill(self) -> None:
+        """Times until the cache is filled, and until the first new token is known."""
+        prompt, kept, device = self.ids[:, : self.point.context], [], self.model.device
+        options = dict(past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        filled = roofline.timed(lambda: kept.append(self.model(input_ids=prompt, **options)), device)
+        self.prefills.append(filled)
+        self.firsts.append(filled + roofline.timed(lambda: kept[0].logits[:, -1].argmax(-1).cpu(), device))
+
+    def _draw(self) -> None:
+        """Random keys and values, through the cache's own `update`."""
+        made = dict(dtype=self.model.dtype, device=self.model.device)
+        for layer in range(self.shape.layers):
+            key, value = (
+                torch.randn(self.point.batch, self.shape.kv_heads, self.point.context, width, **made)
+                for width in self.shape.widths
+            )
+            self.past.update(key, value, layer)
+
+    def _step(self) -> None:
+        """One token of every sequence."""
+        self.model(input_ids=self.ids[:, self.at : self.at + 1], past_key_values=self.past, use_cache=True)
+        self.at += 1
+
+    def decode(self, turn: int) -> None:
+        """`steps` tokens; those of the first turn warm up."""
+        spent = [roofline.timed(self._step, self.model.device) for _ in range(self.point.steps)]
+        if turn:
+            self.turns.append(spent)
+
+    def found(self) -> dict:
+        """What was measured, and one more step under the counters."""
+        every = [spent for turn in self.turns for spent in turn]
+        with self.peak, _Made() as made:
+            self._step()
+        layers = self.past.layers
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        slots = layers[0].keys.shape[-2]
+        largest = max(tensor.nbytes for tensor in tensors)
+        # the weights of softmax are over all cached tokens too, a number in fp32 at most for each query head
+        scores = (
+            self.point.batch * self.model.config.num_attention_heads * slots * max(4, tensors[0].itemsize)
+        )
+        cache = sum(tensor.nbytes for tensor in tensors)
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        middle = median(every)
+        return {
+            "prefill_seconds": median(self.prefills) if self.prefills else None,
+            "first_token_seconds": median(self.firsts) if self.firsts else None,
+            "step_seconds": middle,
+            "step_quartiles": [quantiles(every, n=4)[i] for i in (0, 2)] if len(every) > 1 else [middle] * 2,
+            "steps": len(every),
+            "tokens_per_second": self.point.batch / middle,
+            "cache_bytes": cache,
+            "cache_tokens": slots,
+            "peak_bytes": None if self.peak.bytes is None else weights + cache + self.peak.bytes,
+            "expands": made.largest(slots) > max(largest, scores),
+        }
+
+
+def _ratio(above, below) -> float | None:
+    """Median of the ratios, one a turn; None without any."""
+    ratios = [one / other for one, other in zip(above, below, strict=True)]
+    return median(ratios) if ratios else None
+
+
+@contextmanager
+def _out_of_memory(rows: dict, runs: dict, name: str) -> Iterator[None]:
+    """Within, running out of memory becomes an error in the row of `name`, and its run ends."""
+    try:
+        yield
+        return
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        said = str(error)
+    except RuntimeError as error:  # the CPU's allocator has no class of its own
+        said = str(error)
+        if not any(
+            words in said.lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
+        ):
+            raise
+    # out here the traceback, which holds the tensors, is gone
+    rows[name]["error"] = f"out of memory: {' '.join(said.split())[:120]}" if said else "out of memory"
+    runs.pop(name, None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Counters
+
+
+class _Made(TorchDispatchMode):
+    """Sees every tensor that operations make; views and results in place are not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[tuple[int, ...], int]] = []  # shape, bytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
+                self.shapes.append((tuple(leaf.shape), leaf.nbytes))
+        return out
+
+    def largest(self, tokens: int) -> int:
+        """Bytes of the largest tensor with an axis of that many tokens."""
+        return max((size for shape, size in self.shapes if tokens in shape), default=0)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Peak:
+    """A context that finds the most memory held within beyond what was held before, over all its uses."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, None
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.before = _resident(reset=True)
+
+    def __exit__(self, *error):
+        cuda = self.device.type == "cuda"
+        after = torch.cuda.max_memory_allocated(self.device) if cuda else _resident()
+        if self.before is not None and after is not None:
+            self.bytes = max(self.bytes or 0, after - self.before)
+
+
+def _resident(reset: bool = False) -> int | None:
+    """The most memory that this process held since the last reset, in bytes; None where the system does not tell."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS: proc(5)
+        return _kilobytes("/proc/self/status", "VmHWM:") * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def _free() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    try:
+        return _kilobytes("/proc/meminfo", "MemAvailable:") * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def _kilobytes(file: str, field: str) -> int:
+    return next(
+        int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(field)
+    )
+
+
+def _made_with(model) -> dict:
+    device = model.device
+    cuda = device.type == "cuda"
+    return {
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} {device.type}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _check(models: dict, contexts, batches, cache: str, steps: int, repeats: int) -> None:
+    if not models:
+        raise ValueError("models is empty; give a name and a model, or several")
+    counts = {"context": contexts, "batch": batches, "steps": [steps], "repeats": [repeats]}
+    for name, values in counts.items():
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it should be a whole number, 1 or more")
+    if not (len(contexts) and len(batches)):
+        raise ValueError("contexts and batches should each have a number or more")
+    if cache not in CACHES:
+        raise ValueError(f"cache is {cache!r}; it should be one of {', '.join(CACHES)}")
+    for what, see in {
+        "vocabularies": lambda model: model.config.vocab_size,
+        "devices": lambda model: str(model.device),
+        "dtypes": lambda model: str(model.dtype),
+    }.items():
+        if len(seen := {name: see(model) for name, model in models.items()}) and len(set(seen.values())) > 1:
+            raise ValueError(
+                f"the models have different {what}: {seen}; only those that decode the same tokens on one device in "
+                "one dtype can be compared"
+            )
