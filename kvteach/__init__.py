@@ -29,7 +29,8 @@ module           what it holds                                                  
 ``passkey``      a number hidden in a long text, asked for at the end
 ``text``         calibration and evaluation windows
 ``throughput``   how fast models decode, side by side                                  5
-``roofline``     how fast they could: the rates of a machine, prediction, the fit      5
+``roofline``     how fast they could be: the prediction, the fit, the paper's columns  5
+``machine``      the rates that it predicts with, from data sheets or measured here    5
 ``results``      numbers that took long to measure, as stored
 ``figures``      one look for every plot
 ``widgets``      figures that move
@@ -60,6 +61,7 @@ _MODULES = (
     "folder",
     "grouping",
     "layers",
+    "machine",
     "models",
     "moments",
     "passkey",

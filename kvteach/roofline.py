@@ -9,92 +9,28 @@ One step reads every weight once, and the keys and values of every sequence. Wit
 
     T = weights + attention + copy + launch seconds,       batch / T tokens a second
 
-`read` is what the memory gives. `attend` is what attention gets of it: how fast scaled_dot_product_attention reads keys
-and values when t = h / g query heads read each cached head; `product` what a matrix product with a row for each sequence
-gets. On a CPU both fall as t or the batch grows: narrow products are far from the FLOPs of square ones. Without the two,
-without copies and launches, T is the roofline (Williams et al., 2009).
+`read` is what the memory gives. `attend` is what attention gets of it: how fast scaled_dot_product_attention reads
+keys and values when t = h / g query heads read each cached head; `product` what a matrix product with one row for each
+sequence gets. On a CPU both fall as t or the batch grows: narrow products are far from the FLOPs of square ones. With
+neither, without copies and launches, T is the roofline (Williams et al., 2009).
 
 Where nothing is known of the machine, the line T = a + b · x, with x the share g / h of the cache, is fitted to
 measured steps: a is what does not depend on the cache, 1 + b / a the largest speed-up that a smaller cache can give.
 
+    >>> from kvteach.machine import DATASHEETS
     >>> shape = PAPER["LLaMA-2-7B"].shape
     >>> step = seconds(DATASHEETS["A100 80GB"], shape.compress(8, "G"), cached=2048, batch=32)
     >>> round(32 / sum(step.values()))
     3097
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 
 import numpy as np
 
 from . import cost
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The rates of a device for one dtype, per second.
-
-    Attributes
-    ----------
-    read : bytes read from memory.
-    matmul : FLOPs of a large matrix product.
-    copy : bytes of one tensor -> bytes that are copied when tensors of this size or larger get longer by a token; half
-        of `read` where it is not known, as each byte is read and written. On a CPU tensors above some 32 MB are slow:
-        the system hands out fresh pages for each.
-    attend : (query heads of each cached head, its width) -> bytes of keys and values that attention reads;
-        `read` and `matmul` say it where it is not known.
-    product : sequences -> bytes of weights that a product with so many rows reads; likewise.
-    launch : seconds, of a layer with next to nothing in it.
-    memory : bytes, None when not known.
-    """
-
-    name: str
-    read: float
-    matmul: float
-    copy: dict[int, float] = field(default_factory=dict)
-    launch: float = 0
-    attend: dict[tuple[int, int], float] = field(default_factory=dict)
-    product: dict[int, float] = field(default_factory=dict)
-    memory: float | None = None
-
-    def __post_init__(self):
-        """Refuse rates that no machine has."""
-        rates = {"read": self.read, "matmul": self.matmul, "memory": self.memory}
-        rates |= {f"copy[{key}]": rate for key, rate in self.copy.items()}
-        rates |= {f"attend[{key}]": rate for key, rate in self.attend.items()}
-        rates |= {f"product[{key}]": rate for key, rate in self.product.items()}
-        for name, rate in rates.items():
-            if rate is not None and not rate > 0:  # NaN is not above 0 either
-                raise ValueError(f"{name} is {rate!r}; it should be above 0")
-        if not self.launch >= 0:
-            raise ValueError(f"launch is {self.launch!r}; it should be 0 seconds or more")
-
-    def as_dict(self) -> dict:
-        """Plain values, for JSON."""
-        attend = [
-            {"readers": readers, "width": width, "bytes": rate}
-            for (readers, width), rate in self.attend.items()
-        ]
-        copy = [{"tensor": size, "bytes": rate} for size, rate in self.copy.items()]
-        plain = {name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "memory")}
-        product = [{"rows": rows, "bytes": rate} for rows, rate in self.product.items()]
-        return plain | {"copy": copy, "attend": attend, "product": product}
-
-    def copies(self, size: float) -> float:
-        """Bytes of tensors of that size which are copied in a second."""
-        known = [rate for least, rate in sorted(self.copy.items()) if least <= size]
-        return known[-1] if known else self.copy[min(self.copy)] if self.copy else self.read / 2
-
-
-# Vendors' data sheets: bandwidth of the memory, dense fp16 on the tensor cores. Nobody reaches them.
-DATASHEETS = {
-    "T4": Machine("T4", read=320e9, matmul=65e12, memory=16e9),
-    "A100 80GB": Machine("A100 80GB", read=2039e9, matmul=312e12, memory=80e9),
-    "H100 SXM": Machine("H100 SXM", read=3350e9, matmul=989e12, memory=80e9),
-}
+from .machine import Machine
 
 
 def seconds(
@@ -218,129 +154,3 @@ def implied(column: Column, machine: Machine, cached: int = 2048, bytes_per_numb
     batch = b * machine.read / one
     error = max(abs((a + b * x) / step - 1) for x, step in zip(share, steps, strict=True))
     return Implied(a, b, error, (a + b) / a, batch, fits, batch / fits if fits else float("inf"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The rates of this device
-
-
-COPIED = (2**20, 2**23, 2**26)  # bytes of the tensors that are copied
-
-
-def measure(
-    device: str | None = None,
-    dtype=None,
-    readers: Sequence[int] = (1,),
-    rows: Sequence[int] = (1,),
-    width: int = 64,
-    fused: bool = True,
-    repeats: int = 5,
-    megabytes: int | None = None,
-) -> Machine:
-    """Measure the rates of a device, in turns and each the median of `repeats`; about two seconds on a CPU.
-
-    Parameters
-    ----------
-    device : ``cuda`` where there is one, else ``cpu``.
-    dtype : torch.float32 by default.
-    readers : for each the rate at which attention reads, t query heads on one cached head.
-    rows : for each the rate at which a matrix product with so many rows reads weights.
-    width : numbers of a head.
-    fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
-    megabytes : size of what is read. By default 128, on a GPU 1024: more than any cache of the processor holds.
-    """
-    import torch
-
-    from . import env
-
-    device = torch.device(device or env.device())
-    dtype = dtype or torch.float32
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it should be 1 or more")
-    total = (megabytes or (1024 if device.type == "cuda" else 128)) * 10**6
-    size = torch.empty((), dtype=dtype).element_size()
-    made = dict(device=device, dtype=dtype)
-    tokens = 8192 if total > 10**8 else 256
-    heads = max(total // (2 * tokens * width * size), 1)
-    keys, values = torch.randn(1, heads, tokens, width, **made), torch.randn(1, heads, tokens, width, **made)
-    side = 2048 if total > 10**8 else 128
-    square = torch.randn(side, side, **made)
-    held = keys.nbytes + values.nbytes
-    attend = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
-    layer, layers = _small_model(device, dtype)
-    # name -> what is done, and how many bytes or FLOPs it counts
-    ways = {
-        "read": (lambda: (keys.amax(), values.amax()), held),
-        "matmul": (lambda: square @ square, 2 * side**3),
-        "launch": (layer, layers),
-    }
-    for tensor in COPIED:  # `held` bytes in tensors of that size, so that none stays in the processor
-        tensor = min(tensor, held)
-        parts = torch.randn(held // tensor, tensor // size, **made)
-        ways["copy", tensor] = (
-            lambda parts=parts: [torch.cat([part, part[:width]]) for part in parts],
-            parts.nbytes,
-        )
-    side = 1024 if total > 10**8 else 64
-    weights = torch.randn(max(held // (4 * side * side * size), 1), 4 * side, side, **made)
-    for count in sorted(set(rows)):
-        states = torch.randn(count, side, **made)
-        ways["product", count] = (
-            lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights],
-            weights.nbytes,
-        )
-    for t in sorted(set(readers)):
-        query = torch.randn(1, heads, t, width, **made)
-        ways["attend", t] = (lambda query=query: attend(query, keys, values), held)
-    took = {name: [] for name in ways}
-    with torch.no_grad():
-        for turn in range(repeats + 1):
-            for name, (way, _) in ways.items():
-                spent = timed(way, device)
-                if turn:  # the first warms up
-                    took[name].append(spent)
-    rates = {name: amount / median(took[name]) for name, (_, amount) in ways.items()}
-    sizes = [(key, rate) for key, rate in rates.items() if isinstance(key, tuple)]
-    return Machine(
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        read=rates.pop("read"),
-        matmul=rates.pop("matmul"),
-        copy={size: rate for (kind, size), rate in sizes if kind == "copy"},
-        launch=1 / rates.pop("launch"),
-        product={count: rate for (kind, count), rate in sizes if kind == "product"},
-        attend={(t, width): rate for (kind, t), rate in sizes if kind == "attend"},
-        memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-    )
-
-
-def _unfused(query, keys, values):
-    """Attention in three operations: [1, heads, t, d], [1, heads, tokens, d] twice -> [1, heads, t, d]."""
-    return (query @ keys.mT).softmax(-1) @ values
-
-
-def _small_model(device, dtype):
-    """One step of a model of next to nothing, and its layers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=1, vocab_size=16)
-    with torch.random.fork_rng():
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(device, dtype).eval()
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return lambda: model(input_ids=ids, use_cache=True), 4
-
-
-def timed(way, device) -> float:
-    """Seconds that ``way()`` takes: CUDA's own events on a GPU, a monotonic clock elsewhere."""
-    import torch
-
-    if device.type != "cuda":
-        start = time.perf_counter()
-        way()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    way()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000

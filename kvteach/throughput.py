@@ -38,6 +38,7 @@ from . import convert, cost, roofline, sizes
 from .activations import quiet
 from .env import bars_off
 from .grouping import by_order
+from .machine import Machine, measure, timed
 from .plan import Plan
 
 CACHES = ("static", "dynamic")
@@ -65,7 +66,7 @@ def sweep(
     steps: int = 4,
     repeats: int = 5,
     prefill: bool | None = None,
-    machine: roofline.Machine | None = None,
+    machine: Machine | None = None,
     progress: bool = True,
 ) -> dict:
     """Measure every model at every point; the first model is what the others are compared with.
@@ -108,10 +109,7 @@ def sweep(
         readers = {shape.query_heads // shape.kv_heads for shape in shapes}
         widths = {shape.widths[0] for shape in shapes}
         fused = first.config._attn_implementation != "eager"
-        found = [
-            roofline.measure(first.device.type, first.dtype, readers, batches, width, fused)
-            for width in widths
-        ]
+        found = [measure(first.device.type, first.dtype, readers, batches, width, fused) for width in widths]
         machine = replace(found[0], attend={key: rate for one in found for key, rate in one.attend.items()})
     points = [(context, batch) for context in contexts for batch in batches]
     rows = []
@@ -272,9 +270,9 @@ class _Run:
         """Times until the cache is filled, and until the first new token is known."""
         prompt, kept, device = self.ids[:, : self.point.context], [], self.model.device
         options = dict(past_key_values=self.past, use_cache=True, logits_to_keep=1)
-        filled = roofline.timed(lambda: kept.append(self.model(input_ids=prompt, **options)), device)
+        filled = timed(lambda: kept.append(self.model(input_ids=prompt, **options)), device)
         self.prefills.append(filled)
-        self.firsts.append(filled + roofline.timed(lambda: kept[0].logits[:, -1].argmax(-1).cpu(), device))
+        self.firsts.append(filled + timed(lambda: kept[0].logits[:, -1].argmax(-1).cpu(), device))
 
     def _draw(self) -> None:
         """Random keys and values, through the cache's own `update`."""
@@ -293,7 +291,7 @@ class _Run:
 
     def decode(self, turn: int) -> None:
         """`steps` tokens; those of the first turn warm up."""
-        spent = [roofline.timed(self._step, self.model.device) for _ in range(self.point.steps)]
+        spent = [timed(self._step, self.model.device) for _ in range(self.point.steps)]
         if turn:
             self.turns.append(spent)
 
