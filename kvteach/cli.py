@@ -307,6 +307,7 @@ def bench(asked) -> tuple[dict, int]:
     from . import sizes, throughput, zoo
     from .plan import Plan
 
+    throughput.check(asked.context, asked.batch)
     config = zoo.config(asked.model)
     plans = {f"{heads} heads": Plan(kv_heads=heads) for heads in asked.kv_heads}
     _print_sizes(asked, config, *(sizes.planned(config, plan) for plan in plans.values()))

@@ -118,7 +118,8 @@ def measure(
     }.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it should be 1 or more")
-    ways = _ways(device, dtype, total * 10**6, sorted(set(readers)), sorted(set(rows)), width, fused)
+    with torch.random.fork_rng():
+        ways = _ways(device, dtype, total * 10**6, sorted(set(readers)), sorted(set(rows)), width, fused)
     took = {name: [] for name in ways}
     with torch.no_grad():
         for turn in range(repeats + 1):
@@ -189,8 +190,7 @@ def _small_model(device, dtype) -> tuple[Callable, int]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=1, vocab_size=16)
-    with torch.random.fork_rng():
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(device, dtype).eval()
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(device, dtype).eval()
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     return lambda: model(input_ids=ids, use_cache=True), 4
 

@@ -51,8 +51,8 @@ def seconds(
     -------
     "weights", "attention", "copy" and "launch", in seconds.
     """
-    moved = cost.decode_bytes(shape, cached, batch, bytes_per_number, bytes_per_number)
     work = cost.flops(shape, new=1, cached=cached)
+    moved = cost.decode_bytes(shape, cached, batch, bytes_per_number, bytes_per_number)
     attention = batch * work.pop("attention")
 
     def part(size, flops, known):

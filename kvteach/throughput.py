@@ -102,7 +102,8 @@ def sweep(
     ------
     ValueError : no models, a context or batch below 1, models of several vocabularies, devices or dtypes.
     """
-    _check(models, contexts, batches, cache, steps, repeats)
+    check(contexts, batches, cache, steps, repeats)
+    _comparable(models)
     first = next(iter(models.values()))
     if machine is None:
         shapes = [cost.Shape.from_config(model.config) for model in models.values()]
@@ -252,7 +253,8 @@ class _Run:
         if not self.point.by_text(self.shape):
             if self.past is None:
                 self.past = self._empty()
-                self._draw()
+                with torch.random.fork_rng():
+                    self._draw()
             return
         self.past = None  # the old one goes before the new one comes
         self.past = self._empty()
@@ -438,9 +440,8 @@ def _made_with(model) -> dict:
     }
 
 
-def _check(models: dict, contexts, batches, cache: str, steps: int, repeats: int) -> None:
-    if not models:
-        raise ValueError("models is empty; give a name and a model, or several")
+def check(contexts, batches, cache: str = "static", steps: int = 1, repeats: int = 1) -> None:
+    """Raise ValueError for points that `sweep` cannot measure, before anything is loaded."""
     counts = {"context": contexts, "batch": batches, "steps": [steps], "repeats": [repeats]}
     for name, values in counts.items():
         for value in values:
@@ -450,12 +451,18 @@ def _check(models: dict, contexts, batches, cache: str, steps: int, repeats: int
         raise ValueError("contexts and batches should each have a number or more")
     if cache not in CACHES:
         raise ValueError(f"cache is {cache!r}; it should be one of {', '.join(CACHES)}")
+
+
+def _comparable(models: dict) -> None:
+    if not models:
+        raise ValueError("models is empty; give a name and a model, or several")
     for what, see in {
         "vocabularies": lambda model: model.config.vocab_size,
         "devices": lambda model: str(model.device),
         "dtypes": lambda model: str(model.dtype),
     }.items():
-        if len(seen := {name: see(model) for name, model in models.items()}) and len(set(seen.values())) > 1:
+        seen = {name: see(model) for name, model in models.items()}
+        if len(set(seen.values())) > 1:
             raise ValueError(
                 f"the models have different {what}: {seen}; only those that decode the same tokens on one device in "
                 "one dtype can be compared"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from kvteach import cli, folder, zoo
+from kvteach import cli, folder, throughput, zoo
+from kvteach.machine import Machine
 
 SHORT = ["--windows", "2", "--length", "32", "--device", "cpu"]
 
@@ -122,6 +123,37 @@ def test_an_uncompressed_model_has_perplexity_and_bytes(run):
 def test_two_copies_of_one_model_do_not_differ(run):
     status, said, _ = run("evaluate", "mini-llama", "--original", "mini-llama", *SHORT, "--json", "-")
     assert status == 0 and json.loads(said)["perplexity_ratio"] == 1
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "bloom"])
+def test_bench(run, tiny_folders, monkeypatch, name):
+    monkeypatch.setattr(throughput, "measure", lambda *args: Machine("none", read=1e10, matmul=1e11))
+    options = ["--kv-heads", 2, 1, "--context", 9, 5, "--batch", 2, "--device", "cpu", "--json", "-"]
+    status, said, err = run("bench", tiny_folders[name], *options)
+    found = json.loads(said)
+    assert status == 0 and len(said.splitlines()) == 1
+    rows = [(row["model"], row["context"], row["kv_heads"]) for row in found["rows"]]
+    whole = 4 if name == "bloom" else 2
+    assert rows == [(m, c, g) for c in (9, 5) for m, g in (("model", whole), ("2 heads", 2), ("1 heads", 1))]
+    for row in found["rows"]:
+        assert row["tokens_per_second"] > 0 and row["predicted"] > 0
+        assert (
+            row["cache_bytes"] * whole == found["rows"][0]["cache_bytes"] * row["kv_heads"]
+            or row["context"] == 5
+        )
+    assert err.index("planned:") < err.index("predicted") and err.count("planned:") == 2
+
+
+def test_bench_refuses_before_loading(run, forbidden):
+    status, said, err = run("bench", "mini-llama", "--kv-heads", 4, 3)
+    assert (
+        status == 1
+        and said == ""
+        and "kv_heads is 3; for 8 key-value heads it must be one of 1, 2, 4, 8" in err
+    )
+    for option in ("--context", "--batch"):
+        status, _, err = run("bench", "mini-llama", option, 0)
+        assert status == 1 and f"{option[2:]} is 0; it should be a whole number, 1 or more" in err
 
 
 def test_spectrum(run):
