@@ -170,7 +170,6 @@ class _Point:
             for name, model in models.items():
                 stack.enter_context(quiet(model))
                 with _out_of_memory(rows, runs, name):
-                    self._room(model)
                     runs[name] = _Run(model, ids.to(model.device), self)
             self._in_turns(PREFILLS, rows, runs, _Run.fill)
             self._in_turns(self.repeats + 1, rows, runs, _Run.decode)
@@ -220,14 +219,6 @@ class _Point:
         work = self.batch * sum(cost.flops(shape, new=self.context).values())
         return work / self.machine.matmul <= PATIENCE
 
-    def _room(self, model) -> None:
-        """Refuse what cannot fit before the system kills the process for it, which a CPU's memory ends with."""
-        shape = cost.Shape.from_config(model.config)
-        tokens = self.context + self.steps * (self.repeats + 1) + 1
-        need = cost.cache_bytes(shape, tokens, self.batch, model.dtype.itemsize)
-        if model.device.type == "cpu" and (free := _free()) is not None and need > free:
-            raise MemoryError(f"the cache takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-
     def _compare(self, rows: dict, first: str, runs: dict) -> None:
         """Each model beside the first: medians over turns of the ratio within a turn."""
         for name, run in runs.items():
@@ -250,16 +241,24 @@ class _Run:
 
     def fill(self, turn: int) -> None:
         """A cache of `context` tokens: by text in each turn, at random in the first."""
-        if not self.point.by_text(self.shape):
-            if self.past is None:
-                self.past = self._empty()
-                with torch.random.fork_rng():
-                    self._draw()
+        by_text = self.point.by_text(self.shape)
+        if turn and not by_text:
             return
         self.past = None  # the old one goes before the new one comes
+        self._room()
         self.past = self._empty()
+        if not by_text:
+            with torch.random.fork_rng():
+                self._draw()
+            return
         with self.peak:
             self._prefill()
+
+    def _room(self) -> None:
+        """Refuse what cannot fit: when a CPU's memory ends, the system kills the process without an error."""
+        need = cost.cache_bytes(self.shape, self.ids.shape[1], self.point.batch, self.model.dtype.itemsize)
+        if self.model.device.type == "cpu" and (free := _free()) is not None and need > free:
+            raise MemoryError(f"the cache takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
     def _empty(self):
         from transformers import DynamicCache, StaticCache
