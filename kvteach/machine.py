@@ -77,106 +77,131 @@ DATASHEETS = {
 }
 
 
-def measure(
-    device: str | None = None,
-    dtype=None,
-    readers: Sequence[int] = (1,),
-    rows: Sequence[int] = (1,),
-    width: int = 64,
-    fused: bool = True,
-    repeats: int = 5,
-    megabytes: int | None = None,
-) -> Machine:
-    """Measure this machine: every operation in turns, each rate the median of `repeats`; some seconds on a CPU.
+def measure(*args, repeats: int = 5, **options) -> Machine:
+    """This machine, each rate the median of `repeats` turns; a few seconds on a CPU. The rest as for `Meter`."""
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it should be 1 or more")
+    meter = Meter(*args, **options)
+    for _ in range(repeats):
+        meter.turn()
+    return meter.machine()
+
+
+class Meter:
+    """Measures a machine in turns, so that something else can be measured in between.
 
     Parameters
     ----------
     device : ``cuda`` where there is one, else ``cpu``.
     dtype : torch.float32 by default.
-    readers : for each the rate at which attention reads, t query heads on one cached head.
-    rows : for each the rate at which a matrix product with so many rows reads weights.
-    width : numbers of a head.
+    attend : (t, width) -> the rate at which attention reads, t query heads on one cached head of that width.
+    rows : the rates at which matrix products with so many rows read weights.
     fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
-    megabytes : size of what is read. By default 128, on a GPU 1024: more than any cache of the processor holds.
+    megabytes : what is read, and held meanwhile. By default 128, on a GPU 512: more than any processor's own cache.
 
     Raises
     ------
-    ValueError : repeats, readers, rows or megabytes below 1.
+    ValueError : a number below 1.
     """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        dtype=None,
+        attend: Sequence[tuple[int, int]] = ((1, 64),),
+        rows: Sequence[int] = (1,),
+        fused: bool = True,
+        megabytes: int | None = None,
+    ):
+        import torch
+
+        from . import env
+
+        self.device = torch.device(device or env.device())
+        if megabytes is None:
+            megabytes = 512 if self.device.type == "cuda" else 128
+        lowest = {"megabytes": megabytes, "attend": min(min(pair) for pair in attend), "rows": min(rows)}
+        for name, value in lowest.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it should be 1 or more")
+        with torch.random.fork_rng():
+            made = dict(device=self.device, dtype=dtype or torch.float32)
+            self.ways = _ways(
+                torch.randn(megabytes * 2**20 // made["dtype"].itemsize, **made), attend, rows, fused
+            )
+        self.took = {name: [] for name in self.ways}
+        self.turn()
+        self.clear()  # that was to warm up
+
+    def turn(self) -> None:
+        """Every operation once."""
+        import torch
+
+        with torch.no_grad():
+            for name, (way, _) in self.ways.items():
+                self.took[name].append(timed(way, self.device))
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        self.took = {name: [] for name in self.ways}
+
+    def machine(self) -> Machine:
+        """The medians of all turns."""
+        import torch
+
+        rates = {name: amount / median(self.took[name]) for name, (_, amount) in self.ways.items()}
+
+        def several(kind: str) -> dict:
+            return {key: rate for (found, key), rate in rates.items() if found == kind}
+
+        card = torch.cuda.get_device_properties(self.device) if self.device.type == "cuda" else None
+        return Machine(
+            name=card.name if card else "cpu",
+            read=rates["read", None],
+            matmul=rates["matmul", None],
+            copy=several("copy"),
+            launch=1 / rates["launch", None],
+            attend=several("attend"),
+            product=several("product"),
+            memory=card.total_memory if card else None,
+        )
+
+
+def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
+    """(kind, key) -> what is done, and how many bytes, FLOPs or layers that counts. All of it reads `flat`."""
     import torch
 
-    from . import env
-
-    device, dtype = torch.device(device or env.device()), dtype or torch.float32
-    cuda = device.type == "cuda"
-    total = (1024 if cuda else 128) if megabytes is None else megabytes
-    for name, value in {
-        "repeats": repeats,
-        "megabytes": total,
-        "readers": min(readers),
-        "rows": min(rows),
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it should be 1 or more")
-    with torch.random.fork_rng():
-        ways = _ways(device, dtype, total * 10**6, sorted(set(readers)), sorted(set(rows)), width, fused)
-    took = {name: [] for name in ways}
-    with torch.no_grad():
-        for turn in range(repeats + 1):
-            for name, (way, _) in ways.items():
-                spent = timed(way, device)
-                if turn:  # the first warms up
-                    took[name].append(spent)
-    rates = {name: amount / median(took[name]) for name, (_, amount) in ways.items()}
-
-    def several(kind: str) -> dict:
-        return {key: rate for (found, key), rate in rates.items() if found == kind}
-
-    return Machine(
-        name=torch.cuda.get_device_name(device) if cuda else "cpu",
-        read=rates["read", None],
-        matmul=rates["matmul", None],
-        copy=several("copy"),
-        launch=1 / rates["launch", None],
-        attend=several("attend"),
-        product=several("product"),
-        memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
-    )
-
-
-def _ways(
-    device, dtype, total: int, readers, rows, width: int, fused: bool
-) -> dict[tuple, tuple[Callable, int]]:
-    """(kind, key) -> what is done, and how many bytes, FLOPs or layers that counts."""
-    import torch
-
-    made, size = dict(device=device, dtype=dtype), dtype.itemsize
-    attend = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
-    linear = torch.nn.functional.linear
-    tokens = 8192 if total > 10**8 else 256
-    heads = max(total // (2 * tokens * width * size), 1)
-    keys, values = (torch.randn(1, heads, tokens, width, **made) for _ in range(2))
-    held = keys.nbytes + values.nbytes
-    side = 2048 if total > 10**8 else 128
-    square = torch.randn(side, side, **made)
-    weights = torch.randn(max(held // (side * side * size), 1), side, side, **made)
+    made, size, count = dict(device=flat.device, dtype=flat.dtype), flat.itemsize, flat.numel()
+    small = count < 2**22
+    side = 128 if small else 1024
+    weights = _split(flat, side * side).view(-1, side, side)
     ways = {
-        ("read", None): (lambda: (keys.amax(), values.amax()), held),
-        ("matmul", None): (lambda: square @ square, 2 * side**3),
-        ("launch", None): _small_model(device, dtype),
+        ("read", None): (lambda: flat.amax(), flat.nbytes),
+        ("matmul", None): (lambda: weights[0] @ weights[1], 2 * side**3),
+        ("launch", None): _small_model(**made),
     }
-    for tensor in COPIED:  # so many that none stays in the processor
-        parts = torch.randn(max(held // tensor, 1), tensor // size, **made)
-        lengthen = lambda parts=parts: [torch.cat([part, part[:width]]) for part in parts]  # noqa: E731
+    for tensor in COPIED:
+        parts = _split(flat, min(tensor // size, count))  # so many that none stays in the processor
+        lengthen = lambda parts=parts: [torch.cat([part, part[:64]]) for part in parts]  # noqa: E731
         ways["copy", tensor] = (lengthen, parts.nbytes)
-    for count in rows:
-        states = torch.randn(count, side, **made)
-        product = lambda states=states: [linear(states, weight) for weight in weights]  # noqa: E731
-        ways["product", count] = (product, weights.nbytes)
-    for t in readers:
+    for number in sorted(set(rows)):
+        states = torch.randn(number, side, **made)
+        product = lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights]  # noqa: E731
+        ways["product", number] = (product, weights.nbytes)
+    attention = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
+    for t, width in sorted(set(attend)):
+        tokens = 256 if small else 8192
+        heads = max(count // (2 * tokens * width), 1)
+        keys, values = flat[: 2 * heads * tokens * width].view(2, 1, heads, tokens, width)
         query = torch.randn(1, heads, t, width, **made)
-        ways["attend", (t, width)] = (lambda query=query: attend(query, keys, values), held)
+        way = lambda query=query, keys=keys, values=values: attention(query, keys, values)  # noqa: E731
+        ways["attend", (t, width)] = (way, keys.nbytes + values.nbytes)
     return ways
+
+
+def _split(flat, size: int):
+    """[numbers] -> [parts, size]; what is left over is left out."""
+    return flat[: len(flat) // size * size].view(-1, size)
 
 
 def _unfused(query, keys, values):

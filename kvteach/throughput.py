@@ -23,7 +23,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
@@ -38,7 +38,7 @@ from . import convert, cost, roofline, sizes
 from .activations import quiet
 from .env import bars_off
 from .grouping import by_order
-from .machine import Machine, measure, timed
+from .machine import Machine, Meter, timed
 from .plan import Plan
 
 CACHES = ("static", "dynamic")
@@ -79,19 +79,20 @@ def sweep(
     steps, repeats : tokens decoded in one turn of a model, and turns that are timed.
     prefill : fill the cache by running a text (random tokens) through the model, or with random keys and values.
         None: by text, unless that is expected to take longer than `PATIENCE` seconds.
-    machine : for the prediction; measured when None.
+    machine : for the prediction; when None, its rates are measured in the same turns.
 
     Returns
     -------
-    ``"made with"``: versions, device, threads, load. ``"machine"``: its rates. ``"rows"``, one a model and point:
+    ``"made with"``: versions, device, threads, load. ``"rows"``, one for each model and point:
 
     - ``model, context, batch, kv_heads, cache, filled, attention, dtype``
     - ``prefill_seconds, first_token_seconds``: medians, None where the cache was filled at random; ``prefill_ratio``
       to the first model, turn by turn
     - ``step_seconds``, ``step_quartiles``: median and middle half of one step, which decodes `batch` tokens
     - ``tokens_per_second`` = batch / step_seconds, ``speedup`` over the first model, turn by turn
-    - ``predicted`` tokens per second and ``predicted_seconds`` by part, from `kvteach.roofline`; ``bound``: tokens per
-      second if weights and cache were read once at full bandwidth and nothing else took time
+    - ``predicted`` tokens per second and ``predicted_seconds`` by part, from `kvteach.roofline` and the rates in
+      ``machine``; ``bound``: tokens per second if weights and cache were read once at full bandwidth and nothing else
+      took time
     - ``weight_bytes``, ``cache_bytes`` in the tensors of the cache, which has room for ``cache_tokens``,
       ``peak_bytes``: weights, cache and the most that a step or the prefill held besides (None where the system does
       not tell), ``expands``
@@ -105,19 +106,13 @@ def sweep(
     check(contexts, batches, cache, steps, repeats)
     _comparable(models)
     first = next(iter(models.values()))
-    if machine is None:
-        shapes = [cost.Shape.from_config(model.config) for model in models.values()]
-        readers = {shape.query_heads // shape.kv_heads for shape in shapes}
-        widths = {shape.widths[0] for shape in shapes}
-        fused = first.config._attn_implementation != "eager"
-        found = [measure(first.device.type, first.dtype, readers, batches, width, fused) for width in widths]
-        machine = replace(found[0], attend={key: rate for one in found for key, rate in one.attend.items()})
+    meter = _Known(machine) if machine else _meter(models, batches)
     points = [(context, batch) for context in contexts for batch in batches]
     rows = []
     for context, batch in tqdm(points, "decoding", disable=not progress or bars_off()):
-        point = _Point(machine, context, batch, cache, steps, repeats, prefill)
+        point = _Point(meter, context, batch, cache, steps, repeats, prefill)
         rows += point.measure(models)
-    return {"made with": _made_with(first), "machine": machine.as_dict(), "rows": rows}
+    return {"made with": _made_with(first), "rows": rows}
 
 
 def table(found: dict) -> str:
@@ -147,6 +142,34 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def _meter(models: dict, batches) -> Meter:
+    """For the rates that these models need."""
+    first, shapes = (
+        next(iter(models.values())),
+        [cost.Shape.from_config(model.config) for model in models.values()],
+    )
+    attend = [(shape.query_heads // shape.kv_heads, shape.widths[0]) for shape in shapes]
+    return Meter(
+        first.device.type, first.dtype, attend, batches, first.config._attn_implementation != "eager"
+    )
+
+
+@dataclass
+class _Known:
+    """In place of a meter, for a machine that is known."""
+
+    known: Machine
+
+    def clear(self) -> None:
+        """Nothing was measured."""
+
+    turn = clear
+
+    def machine(self) -> Machine:
+        """The known one."""
+        return self.known
+
+
 # ---------------------------------------------------------------------------------------------------------
 # One point
 
@@ -154,9 +177,12 @@ def table(found: dict) -> str:
 class _Point:
     """All models at one context and batch."""
 
-    def __init__(self, machine, context, batch, cache, steps, repeats, prefill):
-        self.machine, self.context, self.batch, self.cache = machine, context, batch, cache
+    def __init__(self, meter, context, batch, cache, steps, repeats, prefill):
+        self.meter, self.context, self.batch, self.cache = meter, context, batch, cache
         self.steps, self.repeats, self.prefill = steps, repeats, prefill
+        meter.clear()
+        meter.turn()
+        self.matmul = meter.machine().matmul  # so that how caches are filled does not change half-way
 
     def measure(self, models: dict) -> list[dict]:
         """A row for each model."""
@@ -177,6 +203,8 @@ class _Point:
                 with _out_of_memory(rows, runs, name):
                     rows[name] |= runs[name].found()
         self._compare(rows, next(iter(models)), runs)
+        for name, model in models.items():
+            rows[name] |= self._predicted(model)
         return list(rows.values())
 
     def _in_turns(self, turns: int, rows: dict, runs: dict, act) -> None:
@@ -186,15 +214,11 @@ class _Point:
             for name in names if turn % 2 == 0 else reversed(names):
                 with _out_of_memory(rows, runs, name):
                     act(runs[name], turn)
+            if act is _Run.decode:
+                self.meter.turn()
 
     def _about(self, name: str, model) -> dict:
         shape = cost.Shape.from_config(model.config)
-        size = model.dtype.itemsize
-        parts = roofline.seconds(
-            self.machine, shape, self.context, self.batch, size, grows=self.cache == "dynamic"
-        )
-        bare = replace(self.machine, attend={}, product={}, launch=0)
-        bound = sum(roofline.seconds(bare, shape, self.context, self.batch, size).values())
         implementation = model.config._attn_implementation
         folded = model.config.model_type.startswith("kvteach_")
         return {
@@ -207,9 +231,18 @@ class _Point:
             "attention": f"{implementation}, heads folded" if folded else implementation,
             "dtype": str(model.dtype).removeprefix("torch."),
             "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        }
+
+    def _predicted(self, model) -> dict:
+        machine, size = self.meter.machine(), model.dtype.itemsize
+        where = cost.Shape.from_config(model.config), self.context, self.batch, size
+        parts = roofline.seconds(machine, *where, grows=self.cache == "dynamic")
+        bound = roofline.seconds(replace(machine, attend={}, product={}, launch=0), *where)
+        return {
             "predicted": self.batch / sum(parts.values()),
             "predicted_seconds": parts,
-            "bound": self.batch / bound,
+            "bound": self.batch / sum(bound.values()),
+            "machine": machine.as_dict(),
         }
 
     def by_text(self, shape: cost.Shape) -> bool:
@@ -217,7 +250,7 @@ class _Point:
         if self.prefill is not None:
             return self.prefill
         work = self.batch * sum(cost.flops(shape, new=self.context).values())
-        return work / self.machine.matmul <= PATIENCE
+        return work / self.matmul <= PATIENCE
 
     def _compare(self, rows: dict, first: str, runs: dict) -> None:
         """Each model beside the first: medians over turns of the ratio within a turn."""

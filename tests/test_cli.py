@@ -1,5 +1,6 @@
 """The command, in this process and in one of its own: what it prints, its JSON, its errors, its exit status."""
 
+import functools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 import tiny
 
 from kvteach import cli, folder, throughput, zoo
-from kvteach.machine import Machine
+from kvteach.machine import Meter
 
 SHORT = ["--windows", "2", "--length", "32", "--device", "cpu"]
 
@@ -127,7 +128,7 @@ def test_two_copies_of_one_model_do_not_differ(run):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "bloom"])
 def test_bench(run, tiny_folders, monkeypatch, name):
-    monkeypatch.setattr(throughput, "measure", lambda *args: Machine("none", read=1e10, matmul=1e11))
+    monkeypatch.setattr(throughput, "Meter", functools.partial(Meter, megabytes=1))
     options = ["--kv-heads", 2, 1, "--context", 9, 5, "--batch", 2, "--device", "cpu", "--json", "-"]
     status, said, err = run("bench", tiny_folders[name], *options)
     found = json.loads(said)

@@ -107,7 +107,9 @@ def test_a_memory_that_holds_no_sequence():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_machine_measured_in_small(fused, dtype):
     before = torch.get_rng_state()
-    found = machine.measure("cpu", dtype, readers=(1, 4), rows=(1, 3), fused=fused, repeats=1, megabytes=1)
+    found = machine.measure(
+        "cpu", dtype, attend=[(1, 64), (4, 64)], rows=(1, 3), fused=fused, repeats=1, megabytes=1
+    )
     assert set(found.attend) == {(1, 64), (4, 64)} and set(found.product) == {1, 3}
     assert set(found.copy) == set(machine.COPIED) and found.launch > 0 and found.memory is None
     plain = found.as_dict()
@@ -134,6 +136,7 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: machine.measure("cpu", repeats=0), "repeats is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", rows=(0,)), "rows is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", megabytes=0), "megabytes is 0; it should be 1 or more"),
+        (lambda: machine.measure("cpu", attend=[(0, 64)]), "attend is 0; it should be 1 or more"),
     ],
 )
 def test_refusals(call, words):

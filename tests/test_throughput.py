@@ -1,5 +1,6 @@
 """What a measurement must be, whatever the speed: the same tokens, in turns, every byte counted, nothing hidden."""
 
+import functools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from kvteach import cost, throughput
 from kvteach.calibration import calibrate
 from kvteach.convert import compress
-from kvteach.machine import Machine
+from kvteach.machine import Machine, Meter
 from kvteach.plan import Plan
 
 MACHINE = Machine("none", read=1e10, matmul=1e11)
@@ -179,18 +180,22 @@ def test_a_long_prefill_is_replaced_by_random_keys():
     assert [row["filled"] for row in throughput.sweep(pair(), [6], [1], **FEW)["rows"]] == ["prefill"] * 2
 
 
-def test_the_machine_is_measured_for_these_models(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        throughput,
-        "measure",
-        lambda *args: asked.append(args) or Machine("m", 1e10, 1e11, attend={(args[4], 1): 1.0}),
-    )
+def test_the_machine_is_measured_for_these_models_in_their_turns(monkeypatch):
+    order = []
+
+    class Small(Meter):
+        def turn(self):
+            order.append("meter")
+            super().turn()
+
+    monkeypatch.setattr(throughput, "Meter", functools.partial(Small, megabytes=1))
     models = pair() | {"latent": throughput.shaped(tiny.MODELS["llama-mha"](), Plan(kv_ratio=0.5))}
-    found = throughput.sweep(models, [4], [2, 1], **FEW | {"machine": None})
-    widths = {args[4] for args in asked}
-    assert widths == {16, 32} and all(args[2] == {1, 2, 4} and list(args[3]) == [2, 1] for args in asked)
-    assert {one["readers"] for one in found["machine"]["attend"]} == widths
+    found = throughput.sweep(models, [4], [2, 1], prefill=False, **FEW | {"machine": None})
+    for row in found["rows"]:
+        pairs = {(one["readers"], one["width"]) for one in row["machine"]["attend"]}
+        assert pairs == {(1, 16), (2, 16), (4, 32)}
+        assert {one["rows"] for one in row["machine"]["product"]} == {1, 2}
+    assert len(order) == 1 + 2 * (1 + 3)  # to warm up; at each of two points one before, then one a turn
 
 
 @pytest.mark.parametrize(
