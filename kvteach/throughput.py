@@ -6,9 +6,10 @@
     print(throughput.table(found))
 
 At each point (context × batch) all models are there at once and decode in turns, in one process: A B, B A, A B …
-What else runs on the machine then slows all alike, and the *ratio* of two models is that of each turn. The tokens are
-drawn once, and every model is fed the same ones: nothing depends on what a model would say. Steps are timed one by one,
-with CUDA's events on a GPU and a monotonic clock elsewhere; the first turn warms up.
+What else runs on the machine then slows all alike, and the *ratio* of two models is that of each turn. The rates that
+the prediction is made from are measured in the same turns. The tokens are drawn once, and every model is fed the same
+ones: nothing depends on what a model would say. Steps are timed one by one, with CUDA's events on a GPU and a monotonic
+clock elsewhere; the first turn warms up.
 
 Speed does not depend on values. So `shaped` makes a compressed model with no calibration, and where a prefill would
 take too long the cache is filled with random keys and values; the row says ``"filled": "random"``.

@@ -80,7 +80,7 @@ def measure(windows: int = 4, pairs: int = 5) -> dict:
         print(
             f"{name:22s} {row['tokens_per_second']:6d} tokens/s, time {row['time_ratio_to_plain']:.2f} of plain"
         )
-    found["peak_megabytes"] = {count: peak_megabytes(count) for count in (0, 8, 128)}
+    found["peak_megabytes"] = {count: peak_megabytes(count) for count in (0, 8, 32)}
     for count, megabytes in found["peak_megabytes"].items():
         print(f"peak memory, {count:3d} windows: {megabytes} MB")
     return found
