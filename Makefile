@@ -13,7 +13,7 @@ FRAME := _config.yml _toc.yml constraints.txt $(wildcard book/_ext/*.py book/_st
 BUILT := _build/built
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test lint unit notebooks site outputs table colab constraints setup weights clean
+.PHONY: help book serve test lint unit notebooks site outputs table bench colab constraints setup weights clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make outputs                  run the notebooks again and store what they print'
 	@echo 'make outputs PAGE=book/x.ipynb  one of them'
 	@echo 'make table                    compute what is missing of the long table of chapter 4'
+	@echo 'make bench                    measure speeds: decoding, calibration, conversion, imports, the book'
 	@echo 'make colab                    run the chapters with the versions that Colab has'
 	@echo 'make constraints              move the pinned versions to the newest allowed'
 	@echo 'make clean                    remove what was built; remove .venv as well to start all over'
@@ -75,6 +76,10 @@ outputs: weights
 # Tens of minutes; it goes on where it was stopped.
 table: weights
 	@$(RUN) book/_tools/table.py
+
+# Minutes, on a machine that does nothing else.
+bench: weights
+	@$(RUN) tests/benchmarks/run.py
 
 colab: weights
 	@$(BIN)/python book/_tools/colab.py
