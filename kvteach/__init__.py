@@ -31,6 +31,7 @@ module           what it holds                                                  
 ``throughput``   how fast models decode, side by side                                  5
 ``roofline``     how fast they could be: the prediction, the fit, the paper's columns  5
 ``machine``      the rates that it predicts with, from data sheets or measured here    5
+``memory``       what a forward pass holds and makes
 ``results``      numbers that took long to measure, as stored
 ``figures``      one look for every plot
 ``widgets``      figures that move
@@ -62,6 +63,7 @@ _MODULES = (
     "grouping",
     "layers",
     "machine",
+    "memory",
     "models",
     "moments",
     "passkey",

@@ -26,13 +26,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from . import convert, cost, roofline, sizes
@@ -40,6 +37,7 @@ from .activations import quiet
 from .env import bars_off
 from .grouping import by_order
 from .machine import Machine, Meter, timed
+from .memory import Made, Peak, free
 from .plan import Plan
 
 CACHES = ("static", "dynamic")
@@ -145,10 +143,8 @@ def table(found: dict) -> str:
 
 def _meter(models: dict, batches) -> Meter:
     """For the rates that these models need."""
-    first, shapes = (
-        next(iter(models.values())),
-        [cost.Shape.from_config(model.config) for model in models.values()],
-    )
+    first = next(iter(models.values()))
+    shapes = [cost.Shape.from_config(model.config) for model in models.values()]
     attend = [(shape.query_heads // shape.kv_heads, shape.widths[0]) for shape in shapes]
     return Meter(
         first.device.type, first.dtype, attend, batches, first.config._attn_implementation != "eager"
@@ -266,7 +262,7 @@ class _Run:
 
     def __init__(self, model, ids: Tensor, point: _Point):
         self.model, self.ids, self.point = model, ids, point
-        self.shape, self.peak = cost.Shape.from_config(model.config), _Peak(model.device)
+        self.shape, self.peak = cost.Shape.from_config(model.config), Peak(model.device)
         self.turns: list[list[float]] = []
         self.prefills: list[float] = []
         self.firsts: list[float] = []
@@ -291,8 +287,8 @@ class _Run:
     def _room(self) -> None:
         """Refuse what cannot fit: when a CPU's memory ends, the system kills the process without an error."""
         need = cost.cache_bytes(self.shape, self.ids.shape[1], self.point.batch, self.model.dtype.itemsize)
-        if self.model.device.type == "cpu" and (free := _free()) is not None and need > free:
-            raise MemoryError(f"the cache takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        if self.model.device.type == "cpu" and (room := free()) is not None and need > room:
+            raise MemoryError(f"the cache takes {need / 1e9:.1f} GB, {room / 1e9:.1f} GB are free")
 
     def _empty(self):
         from transformers import DynamicCache, StaticCache
@@ -333,7 +329,7 @@ class _Run:
     def found(self) -> dict:
         """What was measured, and one more step under the counters."""
         every = [spent for turn in self.turns for spent in turn]
-        with self.peak, _Made() as made:
+        with self.peak, Made() as made:
             self._step()
         layers = self.past.layers
         tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
@@ -385,78 +381,6 @@ def _out_of_memory(rows: dict, runs: dict, name: str) -> Iterator[None]:
     runs.pop(name, None)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Counters
-
-
-class _Made(TorchDispatchMode):
-    """Sees every tensor that operations make; views and results in place are not made."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes: list[tuple[tuple[int, ...], int]] = []  # shape, bytes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
-                self.shapes.append((tuple(leaf.shape), leaf.nbytes))
-        return out
-
-    def largest(self, tokens: int) -> int:
-        """Bytes of the largest tensor with an axis of that many tokens."""
-        return max((size for shape, size in self.shapes if tokens in shape), default=0)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-class _Peak:
-    """A context that finds the most memory held within beyond what was held before, over all its uses."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.bytes = device, None
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            self.before = _resident(reset=True)
-
-    def __exit__(self, *error):
-        cuda = self.device.type == "cuda"
-        after = torch.cuda.max_memory_allocated(self.device) if cuda else _resident()
-        if self.before is not None and after is not None:
-            self.bytes = max(self.bytes or 0, after - self.before)
-
-
-def _resident(reset: bool = False) -> int | None:
-    """The most memory that this process held since the last reset, in bytes; None where the system does not tell."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS: proc(5)
-        return _kilobytes("/proc/self/status", "VmHWM:") * 1024
-    except (OSError, StopIteration):
-        return None
-
-
-def _free() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
-    try:
-        return _kilobytes("/proc/meminfo", "MemAvailable:") * 1024
-    except (OSError, StopIteration):
-        return None
-
-
-def _kilobytes(file: str, field: str) -> int:
-    return next(
-        int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(field)
-    )
 
 
 def _made_with(model) -> dict:

@@ -11,6 +11,7 @@ from kvteach import cost, throughput
 from kvteach.calibration import calibrate
 from kvteach.convert import compress
 from kvteach.machine import Machine, Meter
+from kvteach.memory import Made, Peak
 from kvteach.plan import Plan
 
 MACHINE = Machine("none", read=1e10, matmul=1e11)
@@ -144,10 +145,32 @@ def test_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch, kind, words, 
 
 
 def test_what_cannot_fit_is_not_tried(monkeypatch):
-    monkeypatch.setattr(throughput, "_free", lambda: 10_000)
+    monkeypatch.setattr(throughput, "free", lambda: 10_000)
     rows = throughput.sweep(pair(), [4, 4000], [1], **FEW)["rows"]
     # 4 heads · 16 · 2 · 3 layers · 8 bytes a token: 3072; 11 tokens are too many, those of two heads are too
     assert all(row["error"].startswith("out of memory: the cache takes") for row in rows)
+
+
+def test_what_is_made_is_neither_a_view_nor_in_place():
+    x = torch.ones(3, 5)
+    with Made() as made:
+        x.t().view(5, 3)[1:].add_(1)
+        y = x.repeat(2, 1)
+        y[:, :1].mul_(2)
+    assert made.largest(5) == y.nbytes and made.largest(6) == y.nbytes and made.largest(4) == 0
+
+
+def test_the_peak_is_what_was_held_within():
+    held = Peak(torch.device("cpu"))
+    with held:
+        torch.ones(2**24).sum()  # 64 MB, above what the allocator keeps for later
+    if held.bytes is None:
+        pytest.skip("this system does not tell how much memory was held")
+    first = held.bytes
+    assert 0.9 * 2**26 < first < 2**28
+    with held:
+        pass
+    assert held.bytes == first  # the most over all uses
 
 
 def test_other_errors_are_errors(monkeypatch):
