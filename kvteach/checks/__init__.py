@@ -3,8 +3,8 @@
 A check takes the reader's answer and returns a `Result`; as the last line of a cell it prints itself.
 ``strict=True`` (or the environment variable ``KVTEACH_STRICT=1``, for grading) raises `Mistake` instead.
 
-One module per chapter: ``checks.cost``, ``checks.svd``, ``checks.cache``, ``checks.rope``, ``checks.convert``. A check
-is written as ::
+One module per chapter: ``checks.cost``, ``checks.svd``, ``checks.cache``, ``checks.rope``, ``checks.convert``,
+``checks.throughput``. A check is written as ::
 
     @check("Exercise 0.1")
     def kv_bytes(answer):
@@ -21,7 +21,7 @@ from importlib import import_module
 
 import numpy as np
 
-_CHAPTERS = ("cache", "convert", "cost", "rope", "svd")
+_CHAPTERS = ("cache", "convert", "cost", "rope", "svd", "throughput")
 
 
 class Mistake(AssertionError):
