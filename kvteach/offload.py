@@ -27,7 +27,7 @@ def layers_on_disk(family: str, device) -> dict:
     family : ``"llama"`` or ``"bloom"``, `kvteach.zoo.FAMILIES`.
     """
     layers, rest = PARTS[family]
-    return {layers: "disk"} | dict.fromkeys(rest, device)
+    return {layers: "disk"} | dict.fromkeys(rest, str(device))  # accelerate compares names
 
 
 def is_offloaded(model) -> bool:
