@@ -157,7 +157,9 @@ def read(module) -> Attention:
             for part in held(module.query_key_value)
         )
     else:
-        weight, bias = zip(*(held(part) for part in (module.q_proj, module.k_proj, module.v_proj)), strict=True)
+        weight, bias = zip(
+            *(held(part) for part in (module.q_proj, module.k_proj, module.v_proj)), strict=True
+        )
     output, output_bias = held(module.dense if fused else module.o_proj)
     return Attention(
         *(apart(part) for part in weight), apart(output.T), *(apart(part) for part in bias), output_bias

@@ -68,7 +68,7 @@ def save(model, tokenizer, folder, source_name: str, windows=None, measured: dic
 
 @contextmanager
 def whole(folder) -> Iterator[Path]:
-    """A new folder beside `folder` to write into. It takes that name at the end; when something goes wrong, it is deleted.
+    """A folder beside `folder`, to write into. It takes that name at the end, or is deleted when something goes wrong.
 
     Raises FileExistsError, PermissionError as `check`.
     """
@@ -85,7 +85,9 @@ def whole(folder) -> Iterator[Path]:
         raise
 
 
-def write(model, tokenizer, folder: Path, source_name: str, windows=None, measured: dict | None = None) -> None:
+def write(
+    model, tokenizer, folder: Path, source_name: str, windows=None, measured: dict | None = None
+) -> None:
     """What `save` writes, into the folder of `whole`. Weights that ``compress(…, folder=…)`` has put there stay.
 
     Parameters and errors as for `save`.
@@ -107,7 +109,8 @@ def write(model, tokenizer, folder: Path, source_name: str, windows=None, measur
             "fingerprint": windows.fingerprint,
         }
     if not (folder / "config.json").exists():
-        model.save_pretrained(folder)
+        # An offloaded model is in memory one shard at a time.
+        model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["kvteach"] = facts
@@ -135,7 +138,9 @@ def shards(model, folder, count: int) -> Iterator[Callable[[dict], None]]:
 
     def write(part: dict) -> None:
         file = f"model-{len(set(index.values())) + 1:05d}-of-{count:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in part.items()}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in part.items()}, folder / file, {"format": "pt"}
+        )
         index.update(dict.fromkeys(part, file))
         sizes["total_parameters"] += sum(tensor.numel() for tensor in part.values())
         sizes["total_size"] += sum(tensor.nbytes for tensor in part.values())

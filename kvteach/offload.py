@@ -1,4 +1,4 @@
-"""Models that are bigger than memory: accelerate leaves weights in their safetensors files, or beside a GPU in CPU memory.
+"""Models bigger than memory: accelerate leaves weights in their safetensors files, or beside a GPU in CPU memory.
 
 Such a weight stands in the model on the device ``meta``, a shape without numbers. accelerate's hooks bring the numbers
 when its module runs, and drop them afterwards. `fetch` reads one outside of a run, and `device` says where inputs go.
@@ -14,13 +14,18 @@ PARTS = {
     "llama": ("model.layers", ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")),
     "bloom": (
         "transformer.h",
-        ("transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f", "lm_head"),
+        (
+            "transformer.word_embeddings",
+            "transformer.word_embeddings_layernorm",
+            "transformer.ln_f",
+            "lm_head",
+        ),
     ),
 }
 
 
 def layers_on_disk(family: str, device) -> dict:
-    """The ``device_map`` that keeps embeddings, last norm and head on `device`, and there one layer's weights at a time.
+    """The ``device_map`` that keeps embeddings, last norm and head on `device`, and beside them one layer at a time.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Sizes: parameters and cache of a model, from its config alone, before anything is loaded.
+"""Sizes: parameters, cache and moments of a model, from its config alone, before anything is loaded.
 
 A layer of n key-value heads and h query heads of d_h numbers, cached as g heads of r_k and r_v, has
 
@@ -11,8 +11,10 @@ With g = n and r = d_h, absorbed, it is the original.
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import torch
+
 from . import cost
-from .moments import Source
+from .moments import Moments, Source
 from .plan import Plan
 from .zoo import FAMILIES, check_family
 
@@ -58,13 +60,24 @@ def of(config) -> Sizes:
 
 def planned(config, plan: Plan) -> Sizes:
     """Sizes that the model of `config` will have; ValueError when the plan does not fit it."""
-    check_family(config)
-    shape = _shape(config, getattr(config, "num_key_value_heads", None))
-    source = Source(
-        config.model_type, shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim, weights=""
-    )
+    shape, source = _source(config)
     absorbed = plan.stock or not source.rotates
     return _count(shape, *plan.layout(source), absorbed, plan.centred)
+
+
+def moments(config, attention: bool = False) -> int:
+    """Bytes of the sums that `kvteach.calibration.calibrate` collects; a run holds them twice."""
+    with torch.device("meta"):
+        empty = Moments.zeros(_source(config)[1], attention)
+    return sum(tensor.nbytes for tensor in (*empty.gram.values(), *empty.total.values()))
+
+
+def _source(config) -> tuple[cost.Shape, Source]:
+    """An original's shape, and its identity but for the weights."""
+    check_family(config)
+    shape = _shape(config, getattr(config, "num_key_value_heads", None))
+    widths = shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim
+    return shape, Source(config.model_type, *widths, weights="")
 
 
 def _family(config) -> str:

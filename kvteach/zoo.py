@@ -80,8 +80,8 @@ def load(
     device : where the weights go; `kvteach.env.device()` by default. Not together with ``device_map``.
     offload : leave the layers in their safetensors files; each is read when it runs, and `device` holds one at a time
         beside embeddings and head. For models that are bigger than memory.
-    from_pretrained : passed on to transformers, for instance ``device_map="auto"``, ``attn_implementation="eager"``
-        or, for an id, ``token=…`` and ``revision=…``.
+    from_pretrained : passed on to transformers, for instance ``device_map="auto"`` (fills all GPUs, then CPU memory,
+        then leaves the rest on disk), ``attn_implementation="eager"`` or, for an id, ``token=…`` and ``revision=…``.
 
     Raises
     ------

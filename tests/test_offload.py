@@ -16,8 +16,18 @@ from kvteach.moments import Source
 from kvteach.offload import device, fetch, is_offloaded, layers_on_disk
 from kvteach.plan import Plan
 
-PLANS = [Plan(kv_heads=1), Plan(kv_heads=1, stock=True), Plan(kv_ratio=0.5, basis="activation-svd", centred=True)]
-MODELS = [("llama-gqa", False), ("llama-gqa", True), ("qwen2", False), ("llama-mqa-bias", False), ("bloom", True)]
+PLANS = [
+    Plan(kv_heads=1),
+    Plan(kv_heads=1, stock=True),
+    Plan(kv_ratio=0.5, basis="activation-svd", centred=True),
+]
+MODELS = [
+    ("llama-gqa", False),
+    ("llama-gqa", True),
+    ("qwen2", False),
+    ("llama-mqa-bias", False),
+    ("bloom", True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +64,9 @@ def spread(at):
     auto = load(at, device_map="auto", max_memory={"cpu": "20KB"})
     assert set(auto.hf_device_map.values()) == {"disk"}
     (blocks, _), *rest = layers_on_disk(zoo.FAMILIES[auto.config.model_type], "cpu").items()
-    return auto, load(at, device_map=dict(rest) | {f"{blocks}.{n}": ("cpu", "disk", "cpu")[n] for n in range(3)})
+    return auto, load(
+        at, device_map=dict(rest) | {f"{blocks}.{n}": ("cpu", "disk", "cpu")[n] for n in range(3)}
+    )
 
 
 def moments_of(model, ids=None):
@@ -85,7 +97,7 @@ def test_moments_and_identity_are_those_of_the_model_in_memory(source, name, tie
 def test_what_is_written_layer_by_layer_is_what_is_converted_in_memory(
     source, tmp_path, tokenizer, name, tied, plan
 ):
-    if plan.stock and name == "bloom" or plan.kv_heads and name == "llama-mqa-bias":
+    if (plan.stock and name == "bloom") or (plan.kv_heads and name == "llama-mqa-bias"):
         return
     whole, model = load(source(name, tied)), load(source(name, tied), offload=True)
     moments = moments_of(whole)
@@ -118,7 +130,9 @@ def test_other_device_maps_convert_alike(source, tmp_path):
         at = tmp_path / str(number)
         small = convert.compress(model, moments, PLANS[0], progress=False, folder=at)
         assert all(torch.equal(fetch(small, name), weight) for name, weight in exact.items())
-        assert all(torch.equal(x, exact[name]) for name, x in type(small).from_pretrained(at).state_dict().items())
+        assert all(
+            torch.equal(x, exact[name]) for name, x in type(small).from_pretrained(at).state_dict().items()
+        )
 
 
 def test_a_map_that_offloads_nothing_is_a_model_in_memory(source):
@@ -131,7 +145,10 @@ def test_one_layer_is_in_memory_at_a_time(source, tmp_path, monkeypatch):
     """Weights are looked at whenever anything may be there: at each module that runs, each basis, each part written."""
     model = load(source(), offload=True)
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
-    rest = sum(fetch(model, name).numel() for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"))
+    rest = sum(
+        fetch(model, name).numel()
+        for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    )
     held, small = [], []
 
     def look(*ignored):
@@ -181,6 +198,15 @@ def test_the_dtype_that_is_asked_for(source):
     assert Source.of(half) == Source.of(load(source(), dtype="bfloat16")) != Source.of(load(source()))
 
 
+def test_an_offloaded_small_model_is_saved_elsewhere(source, tmp_path, tokenizer):
+    model = load(source(), offload=True)
+    small = convert.compress(model, moments_of(model), PLANS[0], progress=False, folder=tmp_path / "work")
+    with pytest.warns(UserWarning, match="offloaded modules"):  # transformers' own
+        folder.save(small, tokenizer, tmp_path / "small", str(source()))
+    made = load(tmp_path / "small").state_dict()
+    assert all(torch.equal(fetch(small, name), weight) for name, weight in made.items())
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
 def test_interrupted_half_way_leaves_nothing(source, tmp_path, monkeypatch, stop):
     model = load(source(), offload=True)
@@ -209,7 +235,7 @@ def test_interrupted_half_way_leaves_nothing(source, tmp_path, monkeypatch, stop
 def test_bad_input(source, tmp_path, tokenizer):
     model = load(source(), offload=True)
     moments = moments_of(model)
-    with pytest.raises(ValueError, match="the model is offloaded: give kvteach.compress a folder"):
+    with pytest.raises(ValueError, match=r"the model is offloaded: give kvteach.compress a folder"):
         convert.compress(model, moments, PLANS[0])
     with pytest.raises(ValueError, match="sequential conversion needs the whole model in memory"):
         sequential.compress(model, tiny.ids(2), PLANS[0], progress=False)
@@ -226,7 +252,7 @@ def test_a_folder_without_safetensors(source, tmp_path):
     model = load(source())
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="offload reads safetensors files, .* has none: load it whole once"):
+    with pytest.raises(ValueError, match=r"offload reads safetensors files, .* has none: load it whole once"):
         zoo.load(tmp_path, offload=True)
 
 
@@ -240,5 +266,5 @@ def test_a_missing_or_damaged_shard(source, tmp_path):
         (at / names[3]).unlink()
         if what == "damaged":
             (at / names[3]).write_bytes(b"x" * 100)
-        with pytest.raises(OSError if what == "missing" else ValueError, match="cannot load|is damaged"):
+        with pytest.raises(OSError if what == "missing" else ValueError, match=r"cannot load|is damaged"):
             zoo.load(at, offload=True, device="cpu")
