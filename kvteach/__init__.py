@@ -22,6 +22,7 @@ module           what it holds                                                  
 ``sequential``   the same, layer by layer on the compressed model itself               4
 ``models``       the classes of compressed models                                      4
 ``zoo``          models by name, folder or hub id
+``offload``      models bigger than memory: weights that lie on disk until they are needed
 ``sizes``        parameters and cache of a model from its config, before it is loaded
 ``folder``       a compressed model on disk, with a card that says how it was made
 ``evaluate``     perplexity, divergence from the original, lm-eval
@@ -66,6 +67,7 @@ _MODULES = (
     "memory",
     "models",
     "moments",
+    "offload",
     "passkey",
     "plan",
     "results",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .offload import fetch
 from .zoo import check_family
 
 
@@ -140,23 +141,28 @@ def read(module) -> Attention:
     """The attention of one module of the LLaMA or BLOOM family, on the CPU."""
     d_h, fused = module.head_dim, hasattr(module, "query_key_value")
 
-    def apart(tensor):  # [heads · d_h, …] -> float64 [heads, d_h, …]
-        return None if tensor is None else tensor.detach().cpu().double().unflatten(0, (-1, d_h))
+    def held(projection):  # weight, and bias or None, in float64
+        found = (
+            None if tensor is None else fetch(projection, name).cpu().double()
+            for name, tensor in (("weight", projection.weight), ("bias", projection.bias))
+        )
+        return tuple(found)
+
+    def apart(tensor):  # [heads · d_h, …] -> [heads, d_h, …]
+        return None if tensor is None else tensor.unflatten(0, (-1, d_h))
 
     if fused:  # [heads · 3 · d_h, …] -> [heads · d_h, …] for queries, keys and values
         weight, bias = (
             part.unflatten(0, (-1, 3, d_h)).transpose(0, 1).flatten(1, 2)
-            for part in (module.query_key_value.weight, module.query_key_value.bias)
+            for part in held(module.query_key_value)
         )
     else:
-        projections = module.q_proj, module.k_proj, module.v_proj
-        weight, bias = zip(*((part.weight, part.bias) for part in projections), strict=True)
-    last = module.dense if fused else module.o_proj
+        weight, bias = zip(
+            *(held(part) for part in (module.q_proj, module.k_proj, module.v_proj)), strict=True
+        )
+    output, output_bias = held(module.dense if fused else module.o_proj)
     return Attention(
-        *(apart(part) for part in weight),
-        apart(last.weight.T),
-        *(apart(part) for part in bias),
-        None if last.bias is None else last.bias.detach().cpu().double(),
+        *(apart(part) for part in weight), apart(output.T), *(apart(part) for part in bias), output_bias
     )
 
 

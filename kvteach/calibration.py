@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .activations import Activations, attention_modules, observe, quiet, read
 from .env import bars_off
 from .moments import PLAIN, Moments, Source
+from .offload import device
 
 
 def calibrate(
@@ -128,7 +129,7 @@ def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) 
 
     body = model.base_model
     with observe(model, see, attention), quiet(model):
-        body(input_ids=ids.to(body.device), use_cache=False)
+        body(input_ids=ids.to(device(body)), use_cache=False)
     sums.count += ids.numel()
     sums.reach = max(sums.reach, ids.shape[1])
 

@@ -22,7 +22,7 @@ NEEDED = {
     "torch": "2.2",
     "transformers": "5.5",
     "safetensors": "0.4",
-    "accelerate": "1.0",
+    "accelerate": "1.1",
     "gguf": "0.10",
     "filelock": "3.12",
     "tqdm": "4.64",
@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)"
     )
     loading.add_argument("--device", help="such as cpu or cuda (default: cuda where there is one)")
+    loading.add_argument(
+        "--offload",
+        action="store_true",
+        help="leave layers on disk until they run: for models bigger than memory",
+    )
 
     def reading(windows: int) -> argparse.ArgumentParser:
         made = argparse.ArgumentParser(add_help=False)
@@ -115,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
-        help="layer by layer, or all at once: faster and worse (default: layer by layer without --stock and --basis)",
+        help="layer by layer, or all at once: faster and worse (default: the first, where no other option forbids it)",
     )
     made.add_argument(
         "--reach", type=int, metavar="N", help="positions to serve (default: 2048, or all that the model has)"
@@ -237,32 +242,41 @@ def compress(asked) -> tuple[dict, int]:
         kv_ratio=asked.kv_ratio,
         basis=asked.basis,
         stock=asked.stock,
-        sequential=not (asked.stock or asked.basis) if asked.sequential is None else asked.sequential,
+        sequential=not (asked.stock or asked.basis or asked.offload)
+        if asked.sequential is None
+        else asked.sequential,
         reach=asked.reach,
     )
     if plan.sequential and asked.processes:
         raise ValueError(
             "layer by layer a model is converted in one process: add --no-sequential, or start this without torchrun"
         )
+    if asked.offload and plan.sequential:
+        raise ValueError("--sequential needs the whole model in memory: leave it out, or --offload")
     config = zoo.config(asked.model)
     small_sizes = sizes.planned(config, plan)
     _print_sizes(asked, config, small_sizes)
+    if asked.offload:
+        _print_needs(asked, config, plan, small_sizes)
     model, tokenizer = _load(asked, asked.model)
     windows = _windows(asked, model, tokenizer, "calibration")
     held_out = None
     if asked.eval_windows:
         held_out = _windows(asked, model, tokenizer, "evaluation", asked.eval_windows)
     with _kept_beside(out) as kept:
-        if plan.sequential:
-            small = sequential.compress(model, windows, plan, kept)
-        else:
+        if not plan.sequential:
             moments = _calibrated(asked, model, windows, plan.basis in ATTENDED, kept)
-            small = convert.compress(model, moments, plan)
-        found = _costs(small, model)
-        if held_out is not None:
-            found = _compared(measure.compare(small, model, held_out)) | found
-        rows = found if held_out is None else {"evaluation text": repr(held_out)} | found
-        out = folder.save(small, tokenizer, out, asked.model, windows, rows)
+        with folder.whole(out) if asked.offload else contextlib.nullcontext() as aside:
+            if plan.sequential:
+                small = sequential.compress(model, windows, plan, kept)
+            else:
+                small = convert.compress(model, moments, plan, folder=aside)
+            found = _costs(small, model)
+            if held_out is not None:
+                found = _compared(measure.compare(small, model, held_out)) | found
+            rows = found if held_out is None else {"evaluation text": repr(held_out)} | found
+            save = folder.write if asked.offload else folder.save
+            save(small, tokenizer, aside or out, asked.model, windows, rows)
     _print_measured(found)
     print(f"written: {out}")
     found |= {"model": asked.model, "out": str(out), "plan": plan.as_dict(), "calibration": _text(windows)}
@@ -352,7 +366,7 @@ def generate(asked) -> tuple[dict, int]:
 def _load(asked, name: str):
     from . import zoo
 
-    return zoo.load(name, dtype=asked.dtype, device=asked.device)
+    return zoo.load(name, dtype=asked.dtype, device=asked.device, offload=asked.offload)
 
 
 def _processes(asked):
@@ -446,8 +460,7 @@ def _print_sizes(asked, config, *planned) -> None:
     """Parameters, and bytes of weights and cache per token, from the config: before anything is loaded."""
     from . import sizes
 
-    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    width = BYTES.get(stored if asked.dtype == "auto" else asked.dtype, 4)
+    width = _width(asked, config)
     rows = [("model", sizes.of(config))] + [("planned", one) for one in planned]
     for name, found in rows:
         print(
@@ -455,6 +468,31 @@ def _print_sizes(asked, config, *planned) -> None:
             f"{_bytes(found.parameters * width)} of weights, {found.cached * width} bytes of cache for each token",
             flush=True,
         )
+
+
+def _print_needs(asked, config, plan, small_sizes) -> None:
+    """Memory and disk that an offloaded conversion takes."""
+    from copy import deepcopy
+
+    from . import cost, sizes
+    from .bases import ATTENDED
+
+    one, width = deepcopy(config), _width(asked, config)
+    one.num_hidden_layers = 1  # embeddings, head and one layer: as much of each model as is held at a time
+    weights = (sizes.of(one).parameters + sizes.planned(one, plan).parameters) * width
+    # Three times: as they are, moved to the positions to be served, and both together.
+    moments = 3 * cost.moments_bytes(cost.Shape.from_config(config), plan.basis in ATTENDED)["sums"]
+    print(
+        f"needed:  {_bytes(weights)} of memory for weights, at most {_bytes(moments)} for moments, "
+        f"{_bytes(small_sizes.parameters * width)} on disk",
+        flush=True,
+    )
+
+
+def _width(asked, config) -> int:
+    """Bytes of a weight."""
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return BYTES.get(stored if asked.dtype == "auto" else asked.dtype, 4)
 
 
 def _print_measured(found: dict) -> None:

@@ -24,14 +24,16 @@ from .activations import Attention, attention_modules, read
 from .bases import METHODS, Basis
 from .env import bars_off
 from .evaluate import positions
+from .folder import check, shards
 from .grouping import by_order, by_similarity
 from .moments import Moments, Source
+from .offload import device, fetch, is_offloaded, layers_on_disk
 from .plan import Plan
 from .rope import from_config, placed
 from .zoo import check_family
 
 
-def compress(model, moments: Moments, plan: Plan, progress: bool = True):
+def compress(model, moments: Moments, plan: Plan, progress: bool = True, folder=None):
     """A new model with a small cache; `model` stays as it is, and shares no tensor with it.
 
     Parameters
@@ -39,18 +41,22 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
     model : a LLaMA-, Mistral-, Qwen2- or BLOOM-family model with a language-model head.
     moments : of this very model, from `kvteach.calibration.calibrate`.
     plan : what to make of it.
+    folder : a new or empty one for the weights, written layer by layer, so that the new model is never whole in memory.
+        An offloaded model needs it. When something goes wrong, it is deleted.
 
     Returns
     -------
     A transformers ``PreTrainedModel`` of the same dtype, on the same device, in eval mode. With ``plan.stock`` it is of
-    the class of `model`, else of one in `kvteach.models`.
+    the class of `model`, else of one in `kvteach.models`. With `folder` it reads its layers from there when they run.
 
     Raises
     ------
     ValueError : an architecture that is not supported, an already compressed model, moments of another model, a plan
-        that does not fit the model, or a basis that came out not finite.
+        that does not fit the model, a basis that came out not finite, or an offloaded model without `folder`.
+    FileExistsError, PermissionError : `folder` holds files, or cannot be made.
     """
-    check_family(model.config)
+    family = check_family(model.config)
+    folder = None if folder is None else check(folder)
     if plan.sequential:
         raise ValueError(
             "sequential is True; that way reads the text itself: kvteach.sequential.compress(model, windows, plan)"
@@ -77,9 +83,14 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
         else by_similarity(moments, layer, groups)
         for layer in layers
     ]
-    small = build(model, plan, source, grouped)
+    if folder is None:
+        small = build(model, plan, source, grouped)
+    else:
+        with torch.device("meta"):
+            small = _skeleton(model, plan, source, grouped)
     modules, new = attention_modules(model), attention_modules(small)
-    for layer in tqdm(layers, "compressing", disable=not progress or bars_off()):
+
+    def convert(layer: int) -> None:
         bases = [
             METHODS[plan.basis](moments, layer, group, key_rank, value_rank, plan.centred)
             for group in grouped[layer]
@@ -87,7 +98,35 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True):
         fill(new[layer], read(modules[layer]), grouped[layer], bases)
         if reach is not None and any(basis.keys.frequencies is None for basis in bases):
             small.config.kvteach["reach"] = reach  # those that commute with RoPE hold at every position
-    return small
+
+    bar = tqdm(layers, "compressing", disable=not progress or bars_off())
+    if folder is None:
+        for layer in bar:
+            convert(layer)
+        return small
+    _write(model, small, convert, bar, folder)
+    return type(small).from_pretrained(
+        folder,
+        dtype=small.dtype,
+        device_map=layers_on_disk(family, device(model)),
+        attn_implementation=model.config._attn_implementation,
+    )
+
+
+def _write(model, small, convert, layers, folder) -> None:
+    """Write a model on ``meta``, of which ``convert(layer)`` makes one attention module, layer by layer."""
+    new = attention_modules(small)
+    names = {module: name for name, module in small.named_modules()}
+    blocks = tuple(names[module].rpartition(".")[0] + "." for module in new)  # "model.layers.0.", …
+    kept = [name for name in _kept(small) if name not in small.all_tied_weights_keys]
+    with shards(small, folder, 1 + len(new)) as write:
+        write({name: fetch(model, name) for name in kept if not name.startswith(blocks)})
+        for layer in layers:
+            module = new[layer].to_empty(device="cpu")
+            convert(layer)
+            part = {f"{names[module]}.{name}": tensor for name, tensor in module.state_dict().items()}
+            write(part | {name: fetch(model, name) for name in kept if name.startswith(blocks[layer])})
+            module.to("meta")
 
 
 def fill(module, attention: Attention, heads: list[list[int]], bases: list[Basis], decoders=None) -> None:
@@ -162,6 +201,25 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
 
     `grouped` holds for each layer the groups of key-value heads. ValueError as for `compress`.
     """
+    if is_offloaded(model):
+        raise ValueError(
+            "the model is offloaded: give kvteach.compress a folder for the new weights; sequential conversion needs "
+            "the whole model in memory"
+        )
+    small = _skeleton(model, plan, source, grouped)
+    weights = model.state_dict()
+    small.load_state_dict({name: weights[name] for name in _kept(small)}, strict=False)
+    return small.to(device(model))
+
+
+def _kept(small) -> list[str]:
+    """Names of the weights that are those of the original: all but attention's."""
+    inside = (".self_attn.", ".self_attention.")
+    return [name for name in small.state_dict() if not any(part in name for part in inside)]
+
+
+def _skeleton(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
+    """The compressed model with weights of no meaning, on PyTorch's default device."""
     from .models import CLASSES
 
     if model.get_output_embeddings() is None:
@@ -193,8 +251,5 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
         small = model_class._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    inside = (".self_attn.", ".self_attention.")
-    kept = {name: x for name, x in model.state_dict().items() if not any(part in name for part in inside)}
-    small.load_state_dict(kept, strict=False)
     small.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
-    return small.to(next(model.parameters()).device).eval()
+    return small.eval()

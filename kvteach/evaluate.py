@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .activations import quiet
 from .env import bars_off
+from .offload import device
 
 CHUNK = 64  # positions whose logits are held at once: 25 MB in float64 for a vocabulary of 49152
 
@@ -188,7 +189,7 @@ def compare(model, original, windows=None, batch: int = 1, progress: bool = True
 
 def cached_bytes(model) -> int:
     """Bytes of cache of one token, counted in the tensors that a run of one token leaves."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device(model))
     with quiet(model):
         layers = model(input_ids=token, use_cache=True).past_key_values.layers
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -267,7 +268,7 @@ def _head(model) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no language-model head: load it as a causal language model"
         )
-    probe = torch.arange(min(8, model.get_input_embeddings().weight.shape[0])).unsqueeze(0).to(body.device)
+    probe = torch.arange(min(8, model.get_input_embeddings().weight.shape[0])).unsqueeze(0).to(device(body))
     with quiet(model):
         ours = head(body(input_ids=probe, use_cache=False).last_hidden_state).nan_to_num()
         theirs = model(
@@ -287,14 +288,14 @@ def _hidden(model, ids: Tensor, name: str, batch: int, progress: bool) -> Iterat
     body = model.base_model
     for rows in tqdm(ids.split(batch), name, disable=not progress or bars_off()):
         with quiet(model):  # not around the yield: gradients would be off for the caller too
-            states = body(input_ids=rows.to(body.device), use_cache=False).last_hidden_state
+            states = body(input_ids=rows.to(device(body)), use_cache=False).last_hidden_state
         yield from states
 
 
 @torch.no_grad()
 def _piece(head: nn.Module, states: Tensor, window: int) -> Tensor:
     """log p(token) at some positions: [chunk, hidden] -> float64 [chunk, vocabulary]."""
-    logits = head(states.to(head.weight.device)).double()
+    logits = head(states.to(device(head))).double()
     # One NaN or infinity shows in the sum; to look at each logit would take as long as the softmax.
     if not logits.sum().isfinite():
         raise ValueError(

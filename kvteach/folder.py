@@ -8,11 +8,14 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from .plan import Plan
 
+PARTIAL = ".partial"  # at the end of a folder's name while it is being written
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -57,12 +60,43 @@ def save(model, tokenizer, folder, source_name: str, windows=None, measured: dic
     FileExistsError, PermissionError : as for `check`.
     OSError : the disk is full or cannot be written. Nothing is left behind, then or after Ctrl-C.
     """
+    folder = check(folder)
+    with whole(folder) as aside:
+        write(model, tokenizer, aside, source_name, windows, measured)
+    return folder
+
+
+@contextmanager
+def whole(folder) -> Iterator[Path]:
+    """A folder beside `folder`, to write into. It takes that name at the end, or is deleted when something goes wrong.
+
+    Raises FileExistsError, PermissionError as `check`.
+    """
+    folder = check(folder)
+    aside = _aside(folder)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        aside.rename(folder)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write(
+    model, tokenizer, folder: Path, source_name: str, windows=None, measured: dict | None = None
+) -> None:
+    """What `save` writes, into the folder of `whole`. Weights that ``compress(…, folder=…)`` has put there stay.
+
+    Parameters and errors as for `save`.
+    """
     facts = getattr(model.config, "kvteach", None)
     if not facts:
         raise ValueError(
             "the model is not compressed: give save what compress returned, or use save_pretrained"
         )
-    folder = check(folder)
     if Path(source_name).expanduser().is_dir():
         source_name = str(Path(source_name).expanduser().resolve())  # to be found from any folder
     facts = facts | {"source_name": source_name}
@@ -74,22 +108,53 @@ def save(model, tokenizer, folder, source_name: str, windows=None, measured: dic
             "length": windows.ids.shape[1],
             "fingerprint": windows.fingerprint,
         }
-    aside = _aside(folder)
-    aside.mkdir(parents=True)
+    if not (folder / "config.json").exists():
+        # An offloaded model is in memory one shard at a time.
+        model.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["kvteach"] = facts
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    name = folder.name.removesuffix(PARTIAL)
+    (folder / "README.md").write_text(_card(name, model, facts, measured), "utf-8")
+
+
+@contextmanager
+def shards(model, folder, count: int) -> Iterator[Callable[[dict], None]]:
+    """Write the weights of a model that is never whole, as ``from_pretrained`` reads them.
+
+    Within, the function that is handed out takes one part of the weights, name -> tensor, `count` times. Config and
+    index come last: an unfinished folder is no model. When something goes wrong, it is deleted.
+
+    Parameters
+    ----------
+    model : gives config and generation config; its own weights are not looked at.
+    folder : a new or an empty one.
+    """
+    from safetensors.torch import save_file
+
+    folder, sizes, index = check(folder), {"total_parameters": 0, "total_size": 0}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(part: dict) -> None:
+        file = f"model-{len(set(index.values())) + 1:05d}-of-{count:05d}.safetensors"
+        save_file(
+            {name: tensor.contiguous() for name, tensor in part.items()}, folder / file, {"format": "pt"}
+        )
+        index.update(dict.fromkeys(part, file))
+        sizes["total_parameters"] += sum(tensor.numel() for tensor in part.values())
+        sizes["total_size"] += sum(tensor.nbytes for tensor in part.values())
+
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        config = json.loads((aside / "config.json").read_text("utf-8"))
-        config["kvteach"] = facts
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        (aside / "README.md").write_text(_card(folder.name, model, facts, measured), "utf-8")
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        aside.rename(folder)
+        yield write
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        contents = json.dumps({"metadata": sizes, "weight_map": index}, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(contents + "\n", "utf-8")
     except BaseException:  # Ctrl-C too
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    return folder
 
 
 def check(folder) -> Path:
@@ -113,7 +178,7 @@ def check(folder) -> Path:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def _card(name: str, model, facts: dict, measured: dict | None) -> str:

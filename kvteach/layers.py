@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .activations import attention_modules, eager, quiet
 from .evaluate import checked_ids
+from .offload import device
 
 
 @dataclass(frozen=True)
@@ -88,4 +89,4 @@ def _watched(model, modules: list[nn.Module], row: Tensor, see) -> None:
                 lambda m, inputs, out, layer=layer, last=last: see(layer, out[1], last.pop())
             )
             stack.callback(hook.remove)
-        model.base_model(input_ids=row.to(model.base_model.device), use_cache=False)
+        model.base_model(input_ids=row.to(device(model.base_model)), use_cache=False)

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from .activations import attention_modules
 from .files import load_tensors, save_tensors
+from .offload import fetch
 from .zoo import FAMILIES, check_family
 
 PLAIN = ("keys_pre", "keys_post", "values", "queries_pre", "queries_post")
@@ -70,18 +71,14 @@ class Source:
     def of(cls, model) -> "Source":
         """The identity of a transformers model; reads all its weights once (a second for half a gigabyte).
 
-        Raises ValueError when accelerate keeps weights elsewhere, on the CPU or on disk.
+        Offloaded weights are read one at a time. Raises ValueError for a model on ``meta`` that has none.
         """
         family, digest = check_family(model.config), hashlib.sha256()
         config, modules = model.config, attention_modules(model)
         body = model.base_model  # with or without a language-model head, the activations are the same
-        for name, tensor in chain(body.named_parameters(), body.named_buffers()):
-            if tensor.is_meta:
-                raise ValueError(
-                    f"the weight {name} is offloaded: load the model without offloading it to CPU or disk"
-                )
+        for name, _ in list(chain(body.named_parameters(), body.named_buffers())):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(fetch(body, name).cpu().contiguous().flatten().view(torch.uint8).numpy())
         kv_heads = config.num_attention_heads if family == "bloom" else config.num_key_value_heads
         shape = (len(modules), config.num_attention_heads, kv_heads, modules[0].head_dim)
         return cls(config.model_type, *shape, digest.hexdigest())

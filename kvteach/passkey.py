@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .activations import quiet
 from .env import bars_off
 from .evaluate import positions
+from .offload import device
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -66,7 +67,7 @@ def passkey(
         tasks.append((i, j, keys, ids, room))
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for i, j, keys, ids, room in tqdm(tasks, "passkey", disable=not progress or bars_off()):
-        ids = ids.to(model.device)
+        ids = ids.to(device(model))
         with quiet(model):
             answers = model.generate(
                 input_ids=ids,

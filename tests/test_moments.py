@@ -224,10 +224,10 @@ def test_a_model_is_known_by_every_weight_in_its_dtype():
     assert Source.of(model) != Source.of(slower)
 
 
-def test_offloaded_weights_are_named():
+def test_weights_without_numbers_are_named():
     with torch.device("meta"):
         model = tiny.MODELS["llama-gqa"]()
-    with pytest.raises(ValueError, match=r"embed_tokens.weight is offloaded: load the model without"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight holds no numbers: load the model with"):
         calibrate(model, tiny.ids(), progress=False)
 
 
