@@ -38,7 +38,8 @@ module           what it holds                                                  
 ``widgets``      figures that move
 ``checks``       exercise checks that name the mistake
 ``env``          device, Colab, versions
-``cli``          the command ``kvteach``
+``cli``          the command ``kvteach``, its options and errors
+``commands``     what each of its commands does
 ===============  ====================================================================  ===========
 """
 
@@ -54,6 +55,7 @@ _MODULES = (
     "calibration",
     "checks",
     "cli",
+    "commands",
     "convert",
     "cost",
     "distributed",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from kvteach import cli, folder, throughput, zoo
+from kvteach import cli, commands, folder, throughput, zoo
 from kvteach.machine import Meter
 
 SHORT = ["--windows", "2", "--length", "32", "--device", "cpu"]
@@ -196,8 +196,10 @@ def test_spectrum(run):
 def test_doctor(run, monkeypatch):
     status, said, _ = run("doctor")
     assert status == 0 and "all is there" in said and "torch" in said
-    real = cli._version
-    monkeypatch.setattr(cli, "_version", lambda name: {"gguf": None, "torch": "2.1.9"}.get(name, real(name)))
+    real = commands._version
+    monkeypatch.setattr(
+        commands, "_version", lambda name: {"gguf": None, "torch": "2.1.9"}.get(name, real(name))
+    )
     status, said, _ = run("doctor", "--json", "-")
     assert status == 1
     assert json.loads(said)["missing"] == ["torch 2.1.9 is older than 2.2", "gguf is not installed"]
@@ -206,7 +208,7 @@ def test_doctor(run, monkeypatch):
 def test_what_doctor_asks_for_is_what_the_package_asks_for():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     extra = re.search(r"^models = \[(.*?)\]", project, re.DOTALL | re.MULTILINE)[1]
-    assert dict(re.findall(r'"([a-z]+)>=([\d.]+)', extra)) == cli.NEEDED
+    assert dict(re.findall(r'"([a-z]+)>=([\d.]+)', extra)) == commands.NEEDED
 
 
 @pytest.mark.parametrize(

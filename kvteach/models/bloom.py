@@ -90,5 +90,6 @@ class KvteachBloomForCausalLM(BloomForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
+        del self.transformer  # first, so that two bodies are never in memory
         self.transformer = KvteachBloomModel(config)
         self.post_init()

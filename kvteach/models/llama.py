@@ -220,6 +220,7 @@ class _SmallCacheCausalLM:
 
     def __init__(self, config):
         super().__init__(config)
+        del self.model  # first, so that two bodies are never in memory
         self.model = self.body_class(config)
         self.post_init()
 
