@@ -24,6 +24,7 @@ attention, and for one layer 2 · h matrices of (t · d_h)², for groups of t he
 
 import hashlib
 import time
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
     if reach is not None:
         small.config.kvteach["reach"] = reach
     before, after = attention_modules(model), attention_modules(small)
-    stream, seen = _Stream(model, ids, reach), []
+    stream, seen = _Stream(model, ids, reach), deque(maxlen=1)  # of what runs: the last layer and window
     digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
     kept = _Kept(path, {"model": asdict(source), "text": [digest, *ids.shape], "plan": plan.as_dict()})
     with (
@@ -106,7 +107,6 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
             bases, decoders = _bases([gram.cpu() for gram in grams], queries.cpu(), attention, plan, source)
             fill(after[layer], attention, heads, bases, decoders)
             _refit(stream, model, small, layer, x, y)
-            seen.clear()
             kept.save(layer + 1, x, y, after)
     return small
 
