@@ -16,8 +16,8 @@ import setup_env  # noqa: E402
 @pytest.mark.parametrize(
     ("output", "remedy"),
     [
-        ("OSError: [Errno 28] No space left on device", "free about 3 GB"),
-        ("npm error code ENOSPC", "free about 3 GB"),
+        ("OSError: [Errno 28] No space left on device", "free about 4 GB"),
+        ("npm error code ENOSPC", "free about 4 GB"),
         ("OSError: [Errno 122] Disk quota exceeded", "quota"),
         (
             "NewConnectionError(': Failed to establish a new connection: [Errno -3] name resolution')",
