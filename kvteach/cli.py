@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
-        help="layer by layer, or all at once: faster, mostly worse (default: the first, where no other option forbids it)",
+        help="layer by layer, or all at once: faster, mostly worse (default: the first, if no other option forbids)",
     )
     made.add_argument(
         "--reach", type=int, metavar="N", help="positions to serve (default: 2048, or all that the model has)"
