@@ -45,9 +45,8 @@ from .grouping import by_order
 from .moments import Source
 from .plan import Plan
 
-RIDGE = (
-    0.03  # of the mean diagonal of ZᵀZ; a third or three times as much makes no difference that could be told
-)
+# Of the mean diagonal of ZᵀZ. Too small where little is dropped: at two thirds of the cache of SmolLM2 0.5 loses less.
+RIDGE = 0.03
 SINKS = 4  # first tokens that keep their positions when a window is moved
 
 
