@@ -134,9 +134,7 @@ def _bases(grams: list[Tensor], queries: Tensor, attention: Attention, plan: Pla
         sides, apart = [], []
         for side, rank in enumerate(ranks):
             encode, decode, left = shared_encoder(gram[:, side], weights[side][reading], rank)
-            # What all its readers have in common stands for the group: the mean of the decoders of each head
-            each = decode.unflatten(0, (len(group), -1)).mean(1)  # [t, r, d_h]
-            sides.append(Projection(encode, each.transpose(0, 1).flatten(1), None, left))
+            sides.append(Projection(encode, encode.T, None, left))  # each reader has a decoder of its own
             apart.append(decode)
         bases.append(Basis(*sides))
         decoders.append(tuple(apart))

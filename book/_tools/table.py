@@ -155,6 +155,7 @@ def result(case: Case) -> dict:
         "bytes_per_token": cached_bytes(small),
         "fingerprint": fingerprint,
         "calibration_fingerprint": read.fingerprint,
+        "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - start, 1),
         "date": datetime.date.today().isoformat(),
     }
@@ -167,7 +168,6 @@ def made_with() -> dict:
         "python": platform.python_version(),
         **versions,
         "device": "cpu",
-        "threads": THREADS,
         "calibration": f"pydoc-topics, {TOKENS} tokens",
         "seed": None,
         "bytes_per_number": 4,

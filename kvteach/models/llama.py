@@ -8,8 +8,8 @@
 Query heads stand in the order of their groups, so grouped-query attention finds them. The scale stays 1/√d_h.
 
 In decoding, the query heads of a group are folded into query positions: [B, h, 1, r] is viewed as [B, g, h/g, r]. The
-group's keys and values are then read once, in place. Repeating them for each query head, or ``enable_gqa`` on a CPU,
-would give the gain of the small cache away.
+group's keys and values are then read in place. Repeating them for each query head would give the gain of the small
+cache away.
 """
 
 import warnings
