@@ -158,25 +158,36 @@ def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
     return {"keys_attended": (None, sums[0] / heads), "values_attended": (None, sums[1] / heads)}
 
 
-def attended(activations: Activations) -> Iterator[Tensor]:
+def attended(activations: Activations, block: int | None = None) -> Iterator[Tensor]:
     """For one query head after another the attention-weighted grams of keys and of values, float64 [2, d, d].
 
     The error of one softmax row is the variance of its score errors under the row itself, since a shift common to
     all scores changes nothing. Summed over the queries q of head j, with w_m = Σ_q A_j[q, m]:
 
         Σ_q Cov_{A_j[q]}(k) = Σ_m w_m k_mᵀ k_m − (A_j K)ᵀ (A_j K)
+
+    Parameters
+    ----------
+    block : tokens. A query that meets each block in another frame has a mean for each of them; the last term is then
+        the sum over blocks of (A_j K)ᵀ (A_j K), each with its own keys only. By default all tokens are one block.
     """
     weights = activations.attention  # [batch, query heads, tokens, tokens]
     # [batch, tokens, kv heads * d_h] both
     keys, values = _wide(activations.keys_post), _wide(activations.values)
-    keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
-    rows = keys.flatten(0, 1).double()
+    if block is None:
+        keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
+    rows, tokens = keys.flatten(0, 1).double(), keys.shape[1]
     for j in range(weights.shape[1]):  # [batch, query heads, tokens, kv heads * d_h] would be large
-        # [batch, tokens, tokens] · [batch, tokens, kv heads * d_h] -> [batch * tokens, kv heads * d_h]
-        read = [(weights[:, j].to(x.dtype) @ x).flatten(0, 1).double() for x in (keys, values)]
         received = weights[:, j].double().sum(1).ravel()  # w: [batch * tokens]
-        spread = rows.T @ (received[:, None] * rows) - read[0].T @ read[0]
-        yield torch.stack([spread, read[1].T @ read[1]])
+        spread = rows.T @ (received[:, None] * rows)
+        for start in range(0, tokens, block or tokens):
+            inside = slice(start, start + (block or tokens))
+            # earlier queries do not see this block: [batch, later tokens, block] · [batch, block, kv heads * d_h]
+            read = (weights[:, j, start:, inside].to(keys.dtype) @ keys[:, inside]).flatten(0, 1).double()
+            spread -= read.T @ read
+        # [batch, tokens, tokens] · [batch, tokens, kv heads * d_h] -> [batch * tokens, kv heads * d_h]
+        read = (weights[:, j].to(values.dtype) @ values).flatten(0, 1).double()
+        yield torch.stack([spread, read.T @ read])
 
 
 def _wide(x: Tensor) -> Tensor:

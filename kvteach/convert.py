@@ -242,7 +242,7 @@ def _skeleton(model, plan: Plan, source: Source, grouped: list[list[list[int]]])
         readers = source.query_heads // source.kv_heads
         orders = [readers_of([head for group in heads for head in group], readers) for heads in grouped]
         if source.rotates:
-            fields["output_bias"] = plan.centred
+            fields |= {"output_bias": plan.centred, "key_block": plan.block(source)}
         elif any(order != sorted(order) for order in orders):
             fields["head_order"] = orders
     fields["kvteach"] = {"version": __version__, "plan": plan.as_dict(), "source": asdict(source)}

@@ -17,6 +17,7 @@ from .moments import Source
 
 GROUPINGS = ("order", "similarity")
 REACH = 2048  # positions served by default; each octave more costs quality at all lengths
+BLOCK = 64  # tokens: twice as many lose more, half as many cost more to read
 # What ordinary heads can hold: their keys pass through RoPE one direction a frequency.
 STOCK = ("commuting-stock", "mean-pool", "procrustes")
 
@@ -34,7 +35,8 @@ class Plan:
     grouping : which heads become one: neighbours (``order``), or those that share most directions (``similarity``).
     centred : let the basis describe deviations from the mean. The mean of keys is dropped, softmax does not see it;
         that of values becomes a constant of the layer's output.
-    sequential : layer by layer on the compressed model's own activations, by `kvteach.sequential.compress`.
+    sequential : layer by layer on the compressed model's own activations, by `kvteach.sequential.compress`. With RoPE
+        keys are then turned within blocks of `BLOCK` tokens only, so their basis holds at every position.
     reach : positions that are to be served. RoPE turns keys at positions that no calibration window has reached into
         directions that its moments have not seen, so these are moved there. By default `REACH`, or as many as the
         model was made for when these are fewer; never fewer than a calibration window has.
@@ -78,11 +80,19 @@ class Plan:
             raise ValueError(
                 "sequential is True; it makes bases of its own, so leave basis, grouping, centred and stock out"
             )
+        if self.sequential and self.reach is not None:
+            raise ValueError(
+                f"reach is {self.reach} and sequential is True; its keys hold at every position: leave reach out"
+            )
 
     @property
     def form(self) -> str:
         """``"S"``, ``"G"`` or ``"R"``, as in `kvteach.cost`."""
         return "S" if self.stock else "G" if self.kv_ratio is None else "R"
+
+    def block(self, source: Source) -> int | None:
+        """Tokens of a block that keys are turned within; None where they are turned by their positions, or not."""
+        return BLOCK if self.sequential and source.rotates else None
 
     def layout(self, source: Source) -> tuple[int, int, int]:
         """Groups, rank of a group's keys and rank of its values, in every layer of that model.

@@ -5,7 +5,9 @@ stream that has drifted. Two streams are carried through the layers side by side
 compressed model. In each layer:
 
 1. Queries, keys, values and softmax rows A_j are taken from Y. For each query head j they give its own second moments
-   of the group that it reads, G_j = Σ_q Cov_{A_j[q]}(k) for keys and (A_j V)ᵀ (A_j V) for values.
+   of the group that it reads, G_j = Σ_q Cov_{A_j[q]}(k) for keys and (A_j V)ᵀ (A_j V) for values. With RoPE, keys are
+   as the cache will hold them, turned within their block only (`kvteach.models.llama`). Queries are as the blocks
+   meet them, each as often as it reads the block.
 2. `bases.shared` finds the encoder of each group, and a decoder for each query head. Decoders apart cost nothing: the
    query map and W_O are apart for each query head anyway.
 3. W_O is fitted again. With Z what the small attention hands to W_O, the drift is taken back as far as it goes:
@@ -14,9 +16,8 @@ compressed model. In each layer:
 
 4. Both streams go on through the rest of the layer.
 
-Keys that RoPE has turned further than any in the calibration are not covered by their basis. So half of the windows are
-moved, all but their first `SINKS` tokens, which every text has at its beginning: these windows are spread evenly over
-the positions to be served. To spread all of them loses more in short texts than it gains in long ones.
+A basis for keys at every position must hold each pair of numbers turned by every angle. Within a block the slow pairs
+hardly turn, so that fewer directions are enough, and positions that no calibration window has reached are no others.
 
 One pass over the layers, no gradients. Held are the two streams (windows · tokens · hidden numbers each), one window's
 attention, and for one layer 2 · h matrices of (t · d_h)², for groups of t heads, and one of (h · r_v)², in float64.
@@ -39,15 +40,14 @@ from .bases.shared import shared_encoder
 from .calibration import attended
 from .convert import build, fill, readers_of
 from .env import bars_off
-from .evaluate import checked_ids, positions
+from .evaluate import checked_ids
 from .files import load_tensors, save_tensors
 from .grouping import by_order
 from .moments import Source
 from .plan import Plan
+from .rope import from_config, rotate
 
-# Of the mean diagonal of ZᵀZ. Too small where little is dropped: at two thirds of the cache of SmolLM2 0.5 loses less.
-RIDGE = 0.03
-SINKS = 4  # first tokens that keep their positions when a window is moved
+RIDGE = 0.3  # of the mean diagonal of ZᵀZ
 
 
 def compress(model, windows, plan: Plan, path=None, progress: bool = True):
@@ -57,7 +57,7 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
     ----------
     model : a LLaMA-, Mistral-, Qwen2- or BLOOM-family model with a language-model head.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens].
-    plan : its dial and its reach; everything else as it is by default.
+    plan : its dial; everything else as it is by default.
     path : a file that finished layers are kept in. A run that was stopped goes on from there, with the same result to
         the last bit. By default nothing is kept.
 
@@ -65,20 +65,19 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
 
     Raises
     ------
-    ValueError : what `kvteach.convert.compress` raises for model and plan; a plan of another kind; bad windows; a
-        file at `path` that belongs to another model, text or plan.
+    ValueError : what `kvteach.convert.compress` raises for model and plan; a plan of another kind; bad windows; RoPE
+        whose angles change with the length of the text; a file at `path` of another model, text or plan.
     """
     ids = checked_ids(model, windows)
     plan = replace(plan, sequential=True)
     source = Source.of(model)
-    reach = plan.positions(source, positions(model), ids.shape[1])
     groups, *_ = plan.layout(source)
+    block = plan.block(source)
+    turns = None if block is None else from_config(model.config)  # radians a token
     heads = by_order(source.kv_heads, groups)
     small = build(model, plan, source, [heads] * source.layers)
-    if reach is not None:
-        small.config.kvteach["reach"] = reach
     before, after = attention_modules(model), attention_modules(small)
-    stream, seen = _Stream(model, ids, reach), deque(maxlen=1)  # of what runs: the last layer and window
+    stream, seen = _Stream(model, ids), deque(maxlen=1)  # of what runs: the last layer and window
     digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
     kept = _Kept(path, {"model": asdict(source), "text": [digest, *ids.shape], "plan": plan.as_dict()})
     with (
@@ -96,11 +95,13 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
             for row in range(len(ids)):
                 stream.attend(model, layer, y, row)
                 found = seen.pop()
+                queries = queries + _met(found, block, turns)
+                if block is not None:
+                    place = torch.arange(ids.shape[1])
+                    found = replace(found, keys_post=rotate(found.keys_pre, place % block, turns))
                 for number, group in enumerate(heads):
-                    own = attended(_of(found, group, source))
+                    own = attended(_of(found, group, source), block)
                     grams[number] = grams[number] + torch.stack(list(own))  # [readers, 2, t · d_h, t · d_h]
-                q = found.queries_post[0].double()  # [query heads, tokens, d_h]
-                queries = queries + q.mT @ q
                 bar.update()
             attention = read(before[layer])
             bases, decoders = _bases([gram.cpu() for gram in grams], queries.cpu(), attention, plan, source)
@@ -119,6 +120,18 @@ def _of(found: Activations, group: list[int], source: Source) -> Activations:
         values=found.values[:, group],
         attention=found.attention[:, reading],
     )
+
+
+def _met(found: Activations, block: int | None, turns: Tensor | None) -> Tensor:
+    """Σ qᵀq [query heads, d_h, d_h] of the queries of one window, in the frame of each block that they read."""
+    queries, weights, total = found.queries_post[0].double(), found.attention[0], 0
+    if block is None:
+        return queries.mT @ queries
+    for start in range(0, queries.shape[1], block):
+        seen = rotate(queries[:, start:], -start, turns)  # [query heads, later tokens, d_h]
+        share = weights[:, start:, start : start + block].double().sum(-1, keepdim=True)
+        total = total + (share * seen).mT @ seen
+    return total
 
 
 def _bases(grams: list[Tensor], queries: Tensor, attention: Attention, plan: Plan, source: Source):
@@ -168,16 +181,9 @@ def _refit(stream: "_Stream", model, small, layer: int, x: Tensor, y: Tensor) ->
 class _Stream:
     """Runs the two halves of a layer, of a model or of its compressed copy, on single windows."""
 
-    def __init__(self, model, ids: Tensor, reach: int | None):
+    def __init__(self, model, ids: Tensor):
         self.model, self.ids = model, ids
-        windows, tokens = ids.shape
-        self.positions = torch.arange(tokens).expand(windows, -1).clone()
-        if reach is not None:
-            moved = (windows + 1) // 2
-            shifts = torch.linspace(reach - tokens, 0, moved + 1)[
-                :-1
-            ].long()  # from the last position on down
-            self.positions[:moved, SINKS:] += shifts[:, None]
+        self.positions = torch.arange(ids.shape[1])[None]
 
     def begin(self) -> Tensor:
         """What the first layer reads, [windows, tokens, hidden]."""
@@ -202,7 +208,7 @@ class _Stream:
         block = body.layers[layer]
         window = getattr(block.self_attn, "sliding_window", getattr(config, "sliding_window", None))
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
-        angles = body.rotary_emb(x, self.positions[row : row + 1].to(x.device))
+        angles = body.rotary_emb(x, self.positions.to(x.device))
         inside = block.input_layernorm(x)
         added, *_ = block.self_attn(
             hidden_states=inside, position_embeddings=angles, attention_mask=make(**mask)

@@ -39,7 +39,7 @@ class Case:
     basis : a name of `kvteach.bases.METHODS`, ``sequential`` or ``original``.
     text, length, windows : what the model is compared on: the first windows of the evaluation side.
     calibrated : length of the calibration windows, always of pydoc-topics and `TOKENS` in all.
-    reach : positions that the bases are made for.
+    reach : positions that the bases are made for; None for ``sequential``, which holds at all.
     """
 
     model: str
@@ -50,7 +50,7 @@ class Case:
     length: int = 512
     windows: int = 16
     calibrated: int = 512
-    reach: int = 512
+    reach: int | None = 512
 
 
 def cases() -> list[Case]:
@@ -89,17 +89,17 @@ def _smol() -> list[Case]:
 
     for ratio in (0.5, 0.33, 0.25, 0.67):
         asked = everywhere if ratio == 0.5 else (short, other, long)
-        add(("sequential", "attention-weighted"), (ratio,), asked, reach=2048)
+        add(("sequential",), (ratio,), everywhere, reach=None)
+        add(("attention-weighted",), (ratio,), asked, reach=2048)
         add(("activation-svd",), (ratio,), (short, other))
         add(("attention-weighted",), (ratio,), (short,))
     for basis in ("attention-weighted", "activation-svd", "commuting-attended"):
         add((basis,), (0.5,), (short, long, longest))
     add(("attention-weighted",), (0.5,), (short, long, longest), reach=2048, calibrated=2048)
-    add(("attention-weighted", "sequential"), (0.5,), (short, long, longest), reach=8192)
+    add(("attention-weighted",), (0.5,), (short, long, longest), reach=8192)
     add(("score-weighted", "weight-svd", "commuting", "commuting-attended"), (0.5, 0.33), (short,))
     pooled = ("mean-pool", "procrustes", "commuting-stock")
     found += [Case(name, basis, kv_heads=1) for basis in pooled]
-    add(("sequential",), (0.33, 0.5), (short, other, long))
     return found
 
 
@@ -126,7 +126,7 @@ def _reference(name: str, source: str, length: int, count: int):
 
 
 @functools.lru_cache(maxsize=1)
-def _compressed(name: str, basis: str, kv_heads, kv_ratio, calibrated: int, reach: int):
+def _compressed(name: str, basis: str, kv_heads, kv_ratio, calibrated: int, reach):
     model, tokenizer = _load(name)
     if basis == "original":
         return model

@@ -11,6 +11,7 @@ Added to the config of the original:
 ``source_key_value_heads`` n, the heads that the original cached
 ``key_rank``               numbers cached per head and token for keys; None for head_dim
 ``value_rank``             the same for values
+``key_block``              keys are turned by their place in a block of so many tokens; None: by their position
 ``output_bias``            the attention's output has a bias that the original has not (the mean of centred values)
 ``head_order``             BLOOM: for each layer the original index of each query head, None when nothing moved
 ``kvteach``                the plan and what it was made from

@@ -7,15 +7,27 @@
 
 Query heads stand in the order of their groups, so grouped-query attention finds them. The scale stays 1/√d_h.
 
-In decoding, the query heads of a group are folded into query positions: [B, h, 1, r] is viewed as [B, g, h/g, r]. The
-group's keys and values are then read in place. Repeating them for each query head would give the gain of the small
-cache away.
+In decoding, the query heads of a group are folded into query positions: [batch, h, 1, r] is viewed as
+[batch, g, h/g, r]. The group's keys and values are then read in place. Repeating them for each query head would give
+the gain of the small cache away.
+
+With `key_block` B, the cache is a row of blocks of B tokens, and keys are turned by their place in their block only.
+So at most B positions need a basis, however long the text is. What is missing, the turn by bB of block b, is made good
+by the reader; RoPE depends on differences only, so nothing is lost:
+
+    c = (x W_K R_{s − bB}) E                token in slot s = bB … bB + B − 1 of the cache
+    q̃_b = (x W_Q^j R_{S − bB}) M_j          a query in slot S, once for each block that it reads
+    q̃_b c = (x W_Q^j R_S) (c M_jᵀ R_{bB})ᵀ   or, where many queries read, the keys are rebuilt and turned instead
+
+Slots are counted, not positions: padding on the left moves both alike. A text whose positions jump would be read
+wrongly, and is refused.
 """
 
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,8 +43,10 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
+    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -46,6 +60,7 @@ class KvteachLlamaConfig(LlamaConfig):
     source_key_value_heads: int | None = None
     key_rank: int | None = None
     value_rank: int | None = None
+    key_block: int | None = None
     output_bias: bool = False
     kvteach: dict | None = None
 
@@ -58,6 +73,7 @@ class KvteachMistralConfig(MistralConfig):
     source_key_value_heads: int | None = None
     key_rank: int | None = None
     value_rank: int | None = None
+    key_block: int | None = None
     output_bias: bool = False
     kvteach: dict | None = None
 
@@ -70,6 +86,7 @@ class KvteachQwen2Config(Qwen2Config):
     source_key_value_heads: int | None = None
     key_rank: int | None = None
     value_rank: int | None = None
+    key_block: int | None = None
     output_bias: bool = False
     kvteach: dict | None = None
 
@@ -83,6 +100,9 @@ class _SmallCache:
         n = config.source_key_value_heads or g
         self.groups, self.value_rank = g, config.value_rank or d_h
         key_rank = config.key_rank or d_h
+        self.block = config.key_block
+        if self.block:
+            self.rotary = LlamaRotaryEmbedding(config)  # the same for all three
         self.num_key_value_groups = 1  # the attention functions are handed as many query heads as cached ones
         biased = {name: getattr(self, name).bias is not None for name in ("k_proj", "v_proj", "o_proj")}
         self.k_proj = nn.Linear(config.hidden_size, n * d_h, bias=biased["k_proj"])
@@ -107,25 +127,34 @@ class _SmallCache:
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, self.groups, -1).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        slots = past + torch.arange(shape[1], device=query.device)  # in the cache; of a static one a tensor
+        if self.block:
+            key = self.turned(key, slots % self.block)
+        else:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         # [batch, n, tokens, d_h] -> [batch, g, tokens, t · d_h]
         key = key.unflatten(1, (self.groups, -1)).transpose(2, 3).flatten(3)
         key = torch.einsum("bgld,gdr->bglr", key, self.k_down)
-        query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
+        if not self.block:
+            query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = self.config._attn_implementation
+        implementation, window = self.config._attn_implementation, getattr(self, "sliding_window", None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        folded = query.shape[2] == 1 and implementation in ("eager", "sdpa")
-        if folded:
+        ours = implementation in ("eager", "sdpa")
+        folded, heads = shape[1] == 1 and ours, self.q_map.shape[0] // self.groups
+        if self.block and folded and window is None:
+            output, weights = self.decode(query, key, value, attention_mask, slots)
+            return self.o_proj(output.reshape(*shape, -1)), weights
+        if self.block:
+            query, key = self.turned(query, slots), self.rebuilt(key, slots)  # [batch, h, …, d_h]
+            value, folded = repeat_kv(value, heads), False
+        elif folded:
             query = query.reshape(len(query), self.groups, -1, query.shape[-1])  # [batch, g, h/g, r_k]
             kwargs["is_causal"] = False  # these are heads of one position
-        elif implementation in (
-            "eager",
-            "sdpa",
-        ):  # a whole text: for its length only, not for each later token
-            heads = query.shape[1] // self.groups
+        elif ours:  # a whole text: for its length only, not for each later token
             key, value = repeat_kv(key, heads), repeat_kv(value, heads)
         output, weights = attend(
             self,
@@ -135,13 +164,55 @@ class _SmallCache:
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=getattr(self, "sliding_window", None),
+            sliding_window=window,
             **kwargs,
         )
         if folded:  # [batch, h/g, g, r_v] -> [batch, 1, h, r_v]
             output = output.transpose(1, 2).reshape(*shape, -1, self.value_rank)
             weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
         return self.o_proj(output.reshape(*shape, -1)), weights
+
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x R_p: x [batch, heads, positions, d_h], or [batch, heads, 1, d_h] to be turned to each position."""
+        cos, sin = self.rotary(x, positions[None])  # [1, positions, d_h]
+        return x * cos + rotate_half(x) * sin
+
+    def rebuilt(self, latent: Tensor, slots: Tensor) -> Tensor:
+        """The keys that each query head reads, after RoPE: [batch, g, cached, r_k] -> [batch, h, cached, d_h]."""
+        cached = latent.shape[2]
+        first = (slots[-1] + 1 - cached).clamp(min=0)  # above 0 where a sliding window has dropped tokens
+        stored = first + torch.arange(cached, device=latent.device)
+        maps = self.q_map.unflatten(0, (self.groups, -1))  # [g, h/g, d_h, r_k]
+        keys = torch.einsum("bglr,gjdr->bgjld", latent, maps).flatten(1, 2)
+        return self.turned(keys, stored - stored % self.block)
+
+    def decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
+        """One token reads the blocks where they lie: output [batch, h, r_v] and weights [batch, h, 1, cached].
+
+        Parameters
+        ----------
+        query : [batch, h, 1, d_h], before RoPE. latent, value : the cache, [batch, g, cached, r]. slots : [1].
+        """
+        cached = latent.shape[2]
+        starts = torch.arange(0, cached, self.block, device=latent.device)
+        query = self.turned(query, slots - starts)  # [batch, h, blocks, d_h]
+        query = torch.einsum("bhnd,hdr->bnhr", query, self.q_map).unflatten(2, (self.groups, -1))
+        query = query.transpose(1, 2)  # [batch, g, blocks, h/g, r_k]
+        whole = cached // self.block
+        read = latent[:, :, : whole * self.block].unflatten(2, (whole, self.block))
+        scores = read @ query[:, :, :whole].mT  # [batch, g, whole, B, h/g]
+        scores = scores.flatten(2, 3).mT  # [batch, g, h/g, whole · B]
+        if cached % self.block:
+            rest = query[:, :, -1] @ latent[:, :, whole * self.block :].mT  # [batch, g, h/g, rest]
+            scores = torch.cat([scores, rest], -1)
+        scores = scores * self.scaling
+        if mask is not None:  # [batch, 1, 1, cached]: what may be read, or what is added
+            hidden = mask[..., :cached]
+            scores = scores.masked_fill(~hidden, -torch.inf) if mask.dtype == torch.bool else scores + hidden
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = functional.softmax(scores, -1, dtype=wide).to(value.dtype)
+        weights = functional.dropout(weights, self.attention_dropout, self.training)
+        return (weights @ value).flatten(1, 2), weights.flatten(1, 2).unsqueeze(2)
 
 
 class KvteachLlamaAttention(_SmallCache, LlamaAttention):
@@ -173,6 +244,12 @@ class _SmallCacheBody:
 
     def forward(self, input_ids=None, past_key_values=None, inputs_embeds=None, **kwargs):
         """As transformers' own."""
+        places = kwargs.get("position_ids")
+        if self.config.key_block and places is not None and not torch.compiler.is_compiling():
+            if (places.diff(dim=-1) > 1).any():
+                raise ValueError(
+                    "position_ids jump; this small cache counts its slots, so they must rise by one from token to token"
+                )
         reach = (self.config.kvteach or {}).get("reach")
         if reach is not None and not torch.compiler.is_compiling():
             new = input_ids if inputs_embeds is None else inputs_embeds
