@@ -111,7 +111,7 @@ def compress(asked) -> tuple[dict, int]:
         kv_ratio=asked.kv_ratio,
         basis=asked.basis,
         stock=asked.stock,
-        sequential=not (asked.stock or asked.basis or asked.offload)
+        sequential=not (asked.stock or asked.basis or asked.offload or asked.reach)
         if asked.sequential is None
         else asked.sequential,
         reach=asked.reach,

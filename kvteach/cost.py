@@ -55,6 +55,7 @@ class Shape:
     source_kv_heads: int | None = None  # before compression; None when the model is as it was trained
     key_rank: int | None = None  # numbers cached for a head's keys; None for head_dim
     value_rank: int | None = None
+    key_block: int | None = None  # keys are turned within blocks of so many tokens (forms G and R)
 
     def __post_init__(self):
         """Refuse numbers that no model has."""
@@ -116,6 +117,7 @@ class Shape:
                 "source_kv_heads": config.source_key_value_heads,
                 "key_rank": config.key_rank,
                 "value_rank": config.value_rank,
+                "key_block": getattr(config, "key_block", None),
             }
         return cls(
             layers=config.num_hidden_layers,
@@ -199,7 +201,8 @@ def flops(
     Returns
     -------
     "projections" (queries, keys, values, output), "basis" (form G, R or L), "attention" (scores and weighted
-    values), "mlp" and "head". Their sum is the whole.
+    values), "mlp" and "head". Their sum is the whole. With `key_block` one new token maps its queries once for each
+    block; more of them rebuild the keys instead, so that a score has head_dim products.
     """
     new, cached = _whole(new, "new", 1), _whole(cached, "cached", 0)
     logits = _whole(logits, "logits", 0)
@@ -212,9 +215,15 @@ def flops(
     if shape.form == "L":
         long, _ = _cached(shape)
         basis += query * long  # each query head meets its d_h rows of Ψ
+    basis *= new
+    if shape.key_block:
+        read, one_map = cached + new, shape.query_heads * shape.head_dim * long
+        met = -(-read // shape.key_block) if new == 1 else read
+        basis += (met - new) * one_map  # for blocks or for cached tokens, instead of once a query
+        long = long if new == 1 else shape.head_dim
     return {
         "projections": 2 * new * shape.layers * shape.hidden * (query + key + value + output),
-        "basis": 2 * new * shape.layers * basis,
+        "basis": 2 * shape.layers * basis,
         "attention": 2 * pairs * shape.layers * (shape.query_heads * long + output),
         "mlp": 2 * new * shape.layers * shape.hidden * shape.intermediate * (2 + shape.gated),
         "head": 2 * logits * shape.hidden * shape.vocab,

@@ -193,6 +193,8 @@ def _card(name: str, model, facts: dict, measured: dict | None) -> str:
         "centred": "yes" if plan.centred else "no",
         "sequential": "yes" if plan.sequential else "no",
     }
+    if block := getattr(model.config, "key_block", None):
+        made["keys"] = f"turned within blocks of {block} tokens, the same at every position"
     if "reach" in facts:
         made["positions calibrated"] = facts["reach"]
     if text := facts.get("calibration"):

@@ -8,7 +8,7 @@ import pytest
 
 from kvteach.bases import METHODS
 from kvteach.moments import Source
-from kvteach.plan import GROUPINGS, REACH, Plan
+from kvteach.plan import BLOCK, GROUPINGS, REACH, Plan
 
 LLAMA = Source("llama", layers=3, query_heads=8, kv_heads=4, head_dim=16, weights="")
 BLOOM = Source("bloom", layers=3, query_heads=4, kv_heads=4, head_dim=16, weights="")
@@ -119,3 +119,10 @@ def test_positions_that_cannot_be_served():
             ValueError, match=r"reach is .*; it must be a whole number of positions, 1 or more"
         ):
             Plan(kv_heads=1, reach=bad)
+
+
+def test_a_reach_has_no_meaning_within_blocks():
+    with pytest.raises(ValueError, match="its keys hold at every position: leave reach out"):
+        Plan(kv_heads=1, sequential=True, reach=90)
+    assert Plan(kv_heads=1, sequential=True).block(LLAMA) == BLOCK
+    assert Plan(kv_heads=1, sequential=True).block(BLOOM) is Plan(kv_heads=1).block(LLAMA) is None

@@ -9,7 +9,7 @@ from kvteach.activations import attention_modules
 from kvteach.calibration import calibrate
 from kvteach.convert import compress
 from kvteach.moments import Source
-from kvteach.plan import Plan
+from kvteach.plan import BLOCK, Plan
 
 WINDOWS = tiny.ids(6, 24, seed=3)
 # RMSNorm and BLOOM's softmax are float32 inside, whatever the model's dtype.
@@ -45,7 +45,7 @@ def test_the_original_is_left_alone(model):
 
 def test_streams_are_the_models_own(model):
     """Layer by layer on single windows gives what the whole model gives."""
-    stream = sequential._Stream(model, WINDOWS, None)
+    stream = sequential._Stream(model, WINDOWS)
     with torch.no_grad():
         x = stream.begin()
         hidden = model.base_model(WINDOWS, output_hidden_states=True).hidden_states
@@ -71,14 +71,6 @@ def test_it_follows_the_original_closer_than_one_shot(name, heads):
         return float((last[0] - last[1]).square().sum())
 
     assert drift(small) < drift(one_shot)
-
-
-def test_positions_are_spread_and_sinks_stay():
-    model = tiny.MODELS["llama-mha"]()
-    positions = sequential._Stream(model, WINDOWS, 100).positions
-    assert (positions[:, : sequential.SINKS] == torch.arange(sequential.SINKS)).all()
-    assert positions[:, -1].tolist() == [99, 73, 48, 23, 23, 23]  # half stay, half are spread evenly
-    assert (positions[:, sequential.SINKS :].diff(dim=1) == 1).all()
 
 
 def test_a_body_without_a_head_is_refused():
@@ -183,12 +175,18 @@ def test_moments_are_not_enough():
         compress(model, moments, Plan(kv_heads=1, sequential=True))
 
 
-def test_the_config_says_how_it_was_made():
-    small = sequential.compress(
-        tiny.MODELS["llama-gqa"](), WINDOWS, Plan(kv_heads=1, reach=90), progress=False
-    )
-    assert small.config.kvteach["plan"] == Plan(kv_heads=1, sequential=True, reach=90).as_dict()
-    assert small.config.kvteach["reach"] == 90
+@pytest.mark.parametrize(("name", "block"), [("llama-gqa", BLOCK), ("bloom", None)])
+def test_the_config_says_how_it_was_made(name, block):
+    small = sequential.compress(tiny.MODELS[name](), WINDOWS, Plan(kv_heads=1), progress=False)
+    assert small.config.kvteach["plan"] == Plan(kv_heads=1, sequential=True).as_dict()
+    assert getattr(small.config, "key_block", None) == block and "reach" not in small.config.kvteach
+
+
+def test_turns_that_change_with_the_text_are_refused():
+    model = tiny.MODELS["llama-gqa"]()
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="rope_type is 'dynamic'; its turns are not fixed"):
+        sequential.compress(model, WINDOWS, Plan(kv_heads=1), progress=False)
 
 
 def test_a_repeated_token_gives_finite_weights():
