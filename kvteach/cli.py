@@ -114,7 +114,10 @@ def _parser() -> argparse.ArgumentParser:
         help="layer by layer, or all at once: faster, mostly worse (default: the first, if no other option forbids)",
     )
     made.add_argument(
-        "--reach", type=int, metavar="N", help="all at once, positions to serve (default: 2048, or all it has)"
+        "--reach",
+        type=int,
+        metavar="N",
+        help="all at once, positions to serve (default: 2048, or all it has)",
     )
     made.add_argument("--basis", help="a name of kvteach.bases (default: the best that fits)")
     made.add_argument(

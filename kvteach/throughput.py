@@ -38,7 +38,7 @@ from .env import bars_off
 from .grouping import by_order
 from .machine import Machine, Meter, timed
 from .memory import Made, Peak, free
-from .plan import Plan
+from .plan import BLOCK, Plan
 
 CACHES = ("static", "dynamic")
 PATIENCE = 5  # seconds of one prefill, as predicted, above which random keys and values take its place
@@ -116,8 +116,10 @@ def sweep(
 
 def table(found: dict) -> str:
     """The rows of `sweep` for people."""
+    prefills = any(row.get("prefill_seconds") for row in found["rows"])
     lines = [
-        f"{'model':<16} {'context':>7} {'batch':>5} {'cache MB':>9} {'prefill s':>9} {'ms/step':>9} {'± half':>7} "
+        f"{'model':<16} {'context':>7} {'batch':>5} {'cache MB':>9} "
+        f"{'prefill s ' if prefills else ''}{'ms/step':>9} {'± half':>7} "
         f"{'tokens/s':>9} {'predicted':>9} {'speed-up':>8}"
     ]
     for row in found["rows"]:
@@ -127,8 +129,9 @@ def table(found: dict) -> str:
             continue
         low, high = row["step_quartiles"]
         before = row["prefill_seconds"]
+        filled = f"{'-' if before is None else format(before, '.3f'):>9} " if prefills else ""
         lines.append(
-            f"{line}{row['cache_bytes'] / 1e6:>9.1f} {'-' if before is None else format(before, '.3f'):>9} "
+            f"{line}{row['cache_bytes'] / 1e6:>9.1f} {filled}"
             f"{row['step_seconds'] * 1e3:>9.2f} {(high - low) / 2 * 1e3:>7.2f} {row['tokens_per_second']:>9.1f} "
             f"{row['predicted']:>9.1f} {'-' if row['speedup'] is None else format(row['speedup'], '.2f'):>8}"
             f"{'  expands its cache' if row['expands'] else ''}"
@@ -295,7 +298,8 @@ class _Run:
 
         if self.point.cache == "dynamic":
             return DynamicCache(config=self.model.config)
-        return StaticCache(config=self.model.config, max_cache_len=self.ids.shape[1])
+        blocks = -(-self.ids.shape[1] // BLOCK)  # whole ones, which a model with `key_block` reads in place
+        return StaticCache(config=self.model.config, max_cache_len=blocks * BLOCK)
 
     def _prefill(self) -> None:
         """Times until the cache is filled, and until the first new token is known."""

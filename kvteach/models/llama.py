@@ -11,13 +11,13 @@ In decoding, the query heads of a group are folded into query positions: [batch,
 [batch, g, h/g, r]. The group's keys and values are then read in place. Repeating them for each query head would give
 the gain of the small cache away.
 
-With `key_block` B, the cache is a row of blocks of B tokens, and keys are turned by their place in their block only.
-So at most B positions need a basis, however long the text is. What is missing, the turn by bB of block b, is made good
+With `key_block` m, the cache is a row of blocks of m tokens, and keys are turned by their place in their block only.
+So at most m positions need a basis, however long the text is. What is missing, the turn by im of block i, is made good
 by the reader; RoPE depends on differences only, so nothing is lost:
 
-    c = (x W_K R_{s − bB}) E                token in slot s = bB … bB + B − 1 of the cache
-    q̃_b = (x W_Q^j R_{S − bB}) M_j          a query in slot S, once for each block that it reads
-    q̃_b c = (x W_Q^j R_S) (c M_jᵀ R_{bB})ᵀ   or, where many queries read, the keys are rebuilt and turned instead
+    c = (x W_K R_{s − im}) E                token in slot s = im … im + m − 1 of the cache
+    q̃_i = (x W_Q^j R_{S − im}) M_j          a query in slot S, once for each block that it reads
+    q̃_i cᵀ = (x W_Q^j R_S) (c M_jᵀ R_{im})ᵀ   or, where many queries read, the keys are rebuilt and turned instead
 
 Slots are counted, not positions: padding on the left moves both alike. A text whose positions jump would be read
 wrongly, and is refused.
@@ -200,8 +200,8 @@ class _SmallCache:
         query = query.transpose(1, 2)  # [batch, g, blocks, h/g, r_k]
         whole = cached // self.block
         read = latent[:, :, : whole * self.block].unflatten(2, (whole, self.block))
-        scores = read @ query[:, :, :whole].mT  # [batch, g, whole, B, h/g]
-        scores = scores.flatten(2, 3).mT  # [batch, g, h/g, whole · B]
+        scores = read @ query[:, :, :whole].mT  # [batch, g, whole, m, h/g]
+        scores = scores.flatten(2, 3).mT  # [batch, g, h/g, whole · m]
         if cached % self.block:
             rest = query[:, :, -1] @ latent[:, :, whole * self.block :].mT  # [batch, g, h/g, rest]
             scores = torch.cat([scores, rest], -1)
