@@ -38,7 +38,7 @@ from .env import bars_off
 from .grouping import by_order
 from .machine import Machine, Meter, timed
 from .memory import Made, Peak, free
-from .plan import BLOCK, Plan
+from .plan import Plan
 
 CACHES = ("static", "dynamic")
 PATIENCE = 5  # seconds of one prefill, as predicted, above which random keys and values take its place
@@ -298,8 +298,8 @@ class _Run:
 
         if self.point.cache == "dynamic":
             return DynamicCache(config=self.model.config)
-        blocks = -(-self.ids.shape[1] // BLOCK)  # whole ones, which a model with `key_block` reads in place
-        return StaticCache(config=self.model.config, max_cache_len=blocks * BLOCK)
+        block = self.shape.key_block or 1  # whole blocks are read in place
+        return StaticCache(config=self.model.config, max_cache_len=-(-self.ids.shape[1] // block) * block)
 
     def _prefill(self) -> None:
         """Times until the cache is filled, and until the first new token is known."""

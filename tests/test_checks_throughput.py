@@ -24,11 +24,11 @@ RIGHT = {
     throughput.ceiling: right_ceiling,
 }
 WRONG = [
-    (throughput.bound, lambda weights, cache, share: 1 / share, "the weights must be read as well"),
+    (throughput.bound, lambda weights, cache, share: 1 / share, "they are read whole"),
     (
         throughput.bound,
         lambda weights, cache, share: (weights + cache) / (share * (weights + cache)),
-        "the weights must be read as well",
+        "they are read whole",
     ),
     (
         throughput.bound,
@@ -39,23 +39,38 @@ WRONG = [
     (throughput.batch, lambda weights, cache, share, wanted: 24, "return None"),
     (
         throughput.batch,
-        lambda weights, cache, share, wanted: None if wanted == 4 else math.ceil(weights / cache),
+        lambda weights, cache, share, wanted: None if wanted >= 4 else math.ceil(weights / cache),
         "as large as the weights",
     ),
     (
         throughput.batch,
         lambda weights, cache, share, wanted: (
-            None if wanted == 4 else int(weights * (wanted - 1) / (cache * (1 - wanted * share)))
+            None if wanted >= 4 else int(weights * (wanted - 1) / (cache * (1 - wanted * share)))
         ),
         "round up",
     ),
     (
         throughput.batch,
         lambda weights, cache, share, wanted: (
-            None if wanted == 4 else math.ceil(weights * (wanted - 1) / (cache * (1 - wanted * share)))
+            None if wanted >= 4 else math.ceil(weights * (wanted - 1) / (cache * (1 - wanted * share)))
         ),
         "which every batch does",
     ),
+    (
+        throughput.batch,
+        lambda weights, cache, share, wanted: (
+            None if wanted >= 4 else round(weights * (wanted - 1) / (cache * (1 - wanted * share)))
+        ),
+        "round up",
+    ),
+    (
+        throughput.batch,
+        lambda weights, cache, share, wanted: math.ceil(
+            weights * (wanted - 1) / (cache * (1 - wanted * share))
+        ),
+        "return None",
+    ),
+    (throughput.ceiling, lambda x1, t1, x2, t2: 1 / right_ceiling(x1, t1, x2, t2), "turn it round"),
     (throughput.ceiling, lambda x1, t1, x2, t2: t1 / t2, "without a cache x is 0"),
     (throughput.ceiling, lambda x1, t1, x2, t2: right_ceiling(x1, t1, x2, t2) - 1, "not b / a"),
     (throughput.ceiling, lambda x1, t1, x2, t2: 9 if x1 == 1 else 8.5, "neither point need be"),
