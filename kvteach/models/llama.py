@@ -19,8 +19,8 @@ by the reader; RoPE depends on differences only, so nothing is lost:
     q̃_i = (x W_Q^j R_{S − im}) M_j          a query in slot S, once for each block that it reads
     q̃_i cᵀ = (x W_Q^j R_S) (c M_jᵀ R_{im})ᵀ   or, where many queries read, the keys are rebuilt and turned instead
 
-Slots are counted, not positions: padding on the left moves both alike. A text whose positions jump would be read
-wrongly, and is refused.
+Where a sliding window drops tokens, keys are rebuilt at every step. Slots are counted, not positions: padding on the
+left moves both alike. Positions that jump would be read wrongly; within one call they are refused.
 """
 
 import warnings
@@ -151,6 +151,9 @@ class _SmallCache:
         if self.block:
             query, key = self.turned(query, slots), self.rebuilt(key, slots)  # [batch, h, …, d_h]
             value, folded = repeat_kv(value, heads), False
+            # kernels that do not form all scores want one width
+            wide = max(self.head_dim, self.value_rank)
+            query, key, value = (functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
         elif folded:
             query = query.reshape(len(query), self.groups, -1, query.shape[-1])  # [batch, g, h/g, r_k]
             kwargs["is_causal"] = False  # these are heads of one position
@@ -167,6 +170,7 @@ class _SmallCache:
             sliding_window=window,
             **kwargs,
         )
+        output = output[..., : self.value_rank]
         if folded:  # [batch, h/g, g, r_v] -> [batch, 1, h, r_v]
             output = output.transpose(1, 2).reshape(*shape, -1, self.value_rank)
             weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
