@@ -17,7 +17,7 @@ from .moments import Source
 
 GROUPINGS = ("order", "similarity")
 REACH = 2048  # positions served by default; each octave more costs quality at all lengths
-BLOCK = 64  # tokens: twice as many lose more, half as many cost more to read
+BLOCK = 64  # tokens; 256 lose more: 1.29 instead of 1.25 at a third of the cache of SmolLM2
 # What ordinary heads can hold: their keys pass through RoPE one direction a frequency.
 STOCK = ("commuting-stock", "mean-pool", "procrustes")
 

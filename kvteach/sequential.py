@@ -100,8 +100,8 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
                 found = seen.pop()
                 queries = queries + _met(found, block, turns)
                 if block is not None:
-                    place = torch.arange(ids.shape[1])
-                    found = replace(found, keys_post=rotate(found.keys_pre, place % block, turns))
+                    place = torch.arange(ids.shape[1]) % block
+                    found = replace(found, keys_post=rotate(found.keys_pre, place, turns))
                 for number, group in enumerate(heads):
                     own = attended(_of(found, group, source), block)
                     grams[number] = grams[number] + torch.stack(list(own))  # [readers, 2, t · d_h, t · d_h]

@@ -127,17 +127,16 @@ class _SmallCache:
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, self.groups, -1).transpose(1, 2)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-        slots = past + torch.arange(shape[1], device=query.device)  # in the cache; of a static one a tensor
         if self.block:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+            slots = past + torch.arange(shape[1], device=query.device)  # `past` of a static cache is a tensor
             key = self.turned(key, slots % self.block)
         else:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
         # [batch, n, tokens, d_h] -> [batch, g, tokens, t · d_h]
         key = key.unflatten(1, (self.groups, -1)).transpose(2, 3).flatten(3)
         key = torch.einsum("bgld,gdr->bglr", key, self.k_down)
-        if not self.block:
-            query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
