@@ -192,6 +192,8 @@ class _SmallCache:
     def decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
         """One token reads the blocks where they lie: output [batch, h, r_v] and weights [batch, h, 1, cached].
 
+        Where the cache does not end with a block, the product below copies the keys of all whole blocks.
+
         Parameters
         ----------
         query : [batch, h, 1, d_h], before RoPE. latent, value : the cache, [batch, g, cached, r]. slots : [1].
