@@ -6,7 +6,7 @@ stopped at any moment, and go on from there to the same bits.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .activations import Activations, attention_modules, observe, quiet, read
+from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks
+from .bases import reads
 from .env import bars_off
-from .moments import PLAIN, Moments, Source
+from .moments import ATTENDED, BLOCK, IN_BLOCKS, PLAIN, Moments, Source
 from .offload import device
+from .rope import from_config, has_fixed_turns, rotate
 
 
 def calibrate(
-    model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True
+    model, windows, batch: int = 1, attention: bool | str = False, path=None, progress: bool = True
 ) -> Moments:
     """Stream the moments of `windows` through `model`.
 
@@ -29,7 +32,8 @@ def calibrate(
     model : a LLaMA- or BLOOM-family model. Its language-model head is not run.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens] without padding.
     batch : windows per forward pass.
-    attention : also sum the attention-weighted kinds, in about twice the time.
+    attention : also sum the attention-weighted kinds, in about twice the time: all of them, or those that one basis
+        reads, by its name.
     path : a file that the moments are kept in while they grow. A run that was stopped goes on from its last saved
         batch, with the same result to the last bit; a finished one is read. By default nothing is kept.
     progress : show a bar.
@@ -41,8 +45,9 @@ def calibrate(
     """
     ids = token_ids(windows)
     asked = run(ids, batch)
-    source = Source.of(model)
-    moments, fresh, done = Moments.zeros(source, attention), Moments.zeros(source, attention), 0
+    moments, done = empty(model, attention), 0
+    attended = len(moments.gram) > len(PLAIN)
+    fresh = Moments.zeros(moments.source, tuple(moments.gram))
     if path is not None and Path(path).expanduser().exists():
         moments, done = _resume(path, moments, asked)
     moments.weight = moments.weight or _weights(model)
@@ -52,7 +57,7 @@ def calibrate(
         for number in tqdm(
             range(done, len(batches)), "calibrating", len(batches), initial=done, disable=no_bar
         ):
-            _sum_batch(model, batches[number], fresh, attention, number)
+            _sum_batch(model, batches[number], fresh, attended, number)
             whole = False
             moments.take(fresh)
             whole, done = True, number + 1
@@ -66,6 +71,18 @@ def calibrate(
         if path is not None and whole and done:
             moments.save(path, done=done, **asked)
     return moments
+
+
+def empty(model, attention: bool | str = False) -> Moments:
+    """The moments of no tokens, of the kinds that `calibrate` sums."""
+    source = Source.of(model)
+    if isinstance(attention, str):
+        kinds = reads(attention, source.rotates)
+    else:
+        kinds = ATTENDED if attention else ()
+        if attention and source.rotates and has_fixed_turns(model.config):
+            kinds += IN_BLOCKS
+    return Moments.zeros(source, PLAIN + kinds)
 
 
 def token_ids(windows) -> Tensor:
@@ -114,9 +131,10 @@ def _weights(model) -> dict[str, Tensor]:
 
 def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) -> None:
     """Add one forward pass to `sums`, layer by layer, so that no layer's activations outlive it."""
+    turns = from_config(model.config) if "keys_in_blocks" in sums.gram else None
 
     def see(layer: int, activations: Activations) -> None:
-        for kind, (total, gram) in _layer_sums(activations).items():
+        for kind, (total, gram) in _layer_sums(activations, sums.gram.keys(), turns).items():
             # A NaN or infinity anywhere in x stands on the diagonal of xᵀx as well: d numbers to look at, not all.
             if not torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all():
                 raise ValueError(
@@ -134,7 +152,9 @@ def _sum_batch(model, ids: Tensor, sums: Moments, attention: bool, number: int) 
     sums.reach = max(sums.reach, ids.shape[1])
 
 
-def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tensor]]:
+def _layer_sums(
+    activations: Activations, kinds: Container[str], turns: Tensor | None
+) -> dict[str, tuple[Tensor | None, Tensor]]:
     """kind -> (total, gram) of one layer and batch, float64."""
     sums = {}
     for kind in PLAIN:
@@ -146,50 +166,29 @@ def _layer_sums(activations: Activations) -> dict[str, tuple[Tensor | None, Tens
             rows = x.transpose(1, 2).flatten(0, 1).flatten(1)  # [batch * tokens, heads * d_h]
             sums[kind] = rows.sum(0), rows.T @ rows
     if activations.attention is not None:
-        sums |= _attended_sums(activations)
+        for row in range(len(activations.attention)):
+            for kind, gram in _attended_sums(activations, row, kinds, turns).items():
+                sums[kind] = None, sums[kind][1] + gram if row else gram
     return sums
 
 
-def _attended_sums(activations: Activations) -> dict[str, tuple[None, Tensor]]:
-    """The two attention-weighted grams, averaged over query heads."""
-    sums, heads = torch.zeros((), dtype=torch.float64), activations.attention.shape[1]
-    for pair in attended(activations):
-        sums = sums.to(pair.device) + pair
-    return {"keys_attended": (None, sums[0] / heads), "values_attended": (None, sums[1] / heads)}
+def _attended_sums(
+    activations: Activations, row: int, kinds: Container[str], turns: Tensor | None
+) -> dict[str, Tensor]:
+    """The attention-weighted grams of one text of the batch; those of keys and values averaged over query heads."""
+    weights = activations.attention[row]  # [query heads, tokens, tokens]
+    heads, tokens, _ = weights.shape
+    sums = {"values_attended": handed_on(wide(activations.values[row]), weights) / heads}
+    if "keys_attended" in kinds:
+        sums["keys_attended"] = spread(wide(activations.keys_post[row]), weights) / heads
+    if turns is not None:
+        keys = rotate(activations.keys_pre[row], torch.arange(tokens) % BLOCK, turns)
+        queries = activations.queries_post[row]
+        sums["keys_in_blocks"] = spread_in_blocks(wide(keys), weights, BLOCK) / heads
+        sums["queries_in_blocks"] = queries_in_blocks(queries, weights, BLOCK, turns)
+    return sums
 
 
-def attended(activations: Activations, block: int | None = None) -> Iterator[Tensor]:
-    """For one query head after another the attention-weighted grams of keys and of values, float64 [2, d, d].
-
-    The error of one softmax row is the variance of its score errors under the row itself, since a shift common to
-    all scores changes nothing. Summed over the queries q of head j, with w_m = Σ_q A_j[q, m]:
-
-        Σ_q Cov_{A_j[q]}(k) = Σ_m w_m k_mᵀ k_m − (A_j K)ᵀ (A_j K)
-
-    Parameters
-    ----------
-    block : tokens. A query that meets each block in another frame has a mean for each of them; the last term is then
-        the sum over blocks of (A_j K)ᵀ (A_j K), each with its own keys only. By default all tokens are one block.
-    """
-    weights = activations.attention  # [batch, query heads, tokens, tokens]
-    # [batch, tokens, kv heads * d_h] both
-    keys, values = _wide(activations.keys_post), _wide(activations.values)
-    if block is None:
-        keys = keys - keys.mean(1, keepdim=True)  # invisible to a covariance; left in, it would eat digits
-    rows, tokens = keys.flatten(0, 1).double(), keys.shape[1]
-    for j in range(weights.shape[1]):  # [batch, query heads, tokens, kv heads * d_h] would be large
-        received = weights[:, j].double().sum(1).ravel()  # w: [batch * tokens]
-        spread = rows.T @ (received[:, None] * rows)
-        for start in range(0, tokens, block or tokens):
-            inside = slice(start, start + (block or tokens))
-            # earlier queries do not see this block: [batch, later tokens, block] · [batch, block, kv heads * d_h]
-            read = (weights[:, j, start:, inside].to(keys.dtype) @ keys[:, inside]).flatten(0, 1).double()
-            spread -= read.T @ read
-        # [batch, tokens, tokens] · [batch, tokens, kv heads * d_h] -> [batch * tokens, kv heads * d_h]
-        read = (weights[:, j].to(values.dtype) @ values).flatten(0, 1).double()
-        yield torch.stack([spread, read.T @ read])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """[batch, heads, tokens, d_h] -> [batch, tokens, heads * d_h], in float32 at least."""
-    return x.transpose(1, 2).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+def wide(x: Tensor) -> Tensor:
+    """[heads, tokens, d_h] -> [tokens, heads * d_h], in float32 at least."""
+    return x.transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))

@@ -102,7 +102,6 @@ def compress(asked) -> tuple[dict, int]:
     """
     from . import convert, folder, sequential, sizes, zoo
     from . import evaluate as measure
-    from .bases import ATTENDED
     from .plan import Plan
 
     out = folder.check(asked.out)
@@ -134,7 +133,7 @@ def compress(asked) -> tuple[dict, int]:
         held_out = _windows(asked, model, tokenizer, "evaluation", asked.eval_windows)
     with _kept_beside(out) as kept:
         if not plan.sequential:
-            moments = _calibrated(asked, model, windows, plan.basis in ATTENDED, kept)
+            moments = _calibrated(asked, model, windows, plan.basis, kept)
         with folder.whole(out) if asked.offload else contextlib.nullcontext() as aside:
             if plan.sequential:
                 small = sequential.compress(model, windows, plan, kept)
@@ -238,13 +237,13 @@ def _load(asked, name: str):
     return zoo.load(name, dtype=asked.dtype, device=asked.device, offload=asked.offload)
 
 
-def _calibrated(asked, model, windows, attention: bool, kept: Path):
+def _calibrated(asked, model, windows, basis: str, kept: Path):
     """Moments. Under torchrun all processes calibrate, and process 0 alone goes on from here."""
     from . import calibration
 
     alone = asked.processes is None
     calibrate = calibration.calibrate if alone else asked.processes.calibrate
-    moments = calibrate(model, windows, attention=attention, path=kept)
+    moments = calibrate(model, windows, attention=basis, path=kept)
     if not alone:
         asked.processes.leave()
         if asked.processes.rank:

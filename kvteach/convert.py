@@ -69,13 +69,8 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True, folder=
     groups, key_rank, value_rank = plan.layout(source)
     reach = plan.positions(source, positions(model), moments.reach)
     if reach is not None and reach > moments.reach:
-        try:
-            moved = placed(moments, from_config(model.config), reach - moments.reach + 1)
-        except ValueError as error:
-            raise ValueError(f"{error}; or calibrate on windows of {reach} tokens") from error
-        moments = (
-            moments + moved
-        )  # every text has a beginning, so its first positions count as much as the rest
+        # every text has a beginning, so its first positions count as much as the rest
+        moments = moments + placed(moments, from_config(model.config), reach - moments.reach + 1)
     layers = range(source.layers)
     grouped = [
         by_order(source.kv_heads, groups)

@@ -51,6 +51,7 @@ class Shape:
     norm_bias: bool = False  # LayerNorm instead of RMSNorm
     embedding_norm: bool = False  # BLOOM normalises its embeddings
     tied: bool = True  # the LM head is the embedding table
+    rotates: bool = True  # RoPE; False for ALiBi
     form: str = "S"
     source_kv_heads: int | None = None  # before compression; None when the model is as it was trained
     key_rank: int | None = None  # numbers cached for a head's keys; None for head_dim
@@ -128,6 +129,7 @@ class Shape:
             intermediate=4 * hidden if bloom else config.intermediate_size,
             vocab=config.vocab_size,
             gated=not bloom,
+            rotates=not bloom,
             qkv_bias=biased or family == "qwen2",
             out_bias=biased or bool(getattr(config, "output_bias", False)),
             mlp_bias=bloom or bool(getattr(config, "mlp_bias", False)),
@@ -271,17 +273,20 @@ def moments_bytes(shape: Shape, attention: bool = True) -> dict[str, int]:
     """
     kv, apart = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim**2
     width = shape.query_heads * shape.head_dim
-    # keys before and after RoPE, values: gram and total; queries before and after; two attended grams
-    sums = 3 * (kv**2 + kv) + 2 * (apart + width) + attention * 2 * kv**2
+    # keys before and after RoPE, values: gram and total; queries before and after
+    sums = 3 * (kv**2 + kv) + 2 * (apart + width)
+    if attention:  # keys and values; with RoPE, keys and queries in blocks
+        sums += 2 * kv**2 + shape.rotates * (kv**2 + apart)
     return {"sums": 8 * shape.layers * sums, "weights": 8 * shape.layers * (2 * kv**2 + apart)}
 
 
-def calibration_flops(shape: Shape, tokens: int, attention: bool = True) -> dict[str, int]:
+def calibration_flops(shape: Shape, tokens: int, attention: bool = True, block: int = 64) -> dict[str, int]:
     """FLOPs of calibrating on one window of `tokens` tokens, by the width of number they are done in.
 
     Parameters
     ----------
-    attention : count the attention-weighted kinds too: three Gram matrices for each query head.
+    attention : count the attention-weighted kinds too, `kvteach.attended`.
+    block : tokens in which RoPE turns the keys of the kinds in blocks.
 
     Returns
     -------
@@ -290,11 +295,17 @@ def calibration_flops(shape: Shape, tokens: int, attention: bool = True) -> dict
     """
     kv, query = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim
     tokens = _whole(tokens, "tokens", 1)
-    # for each query head: A K and A V; then wide grams of the spread keys, of A K and of A V
-    grams = 2 * tokens * (3 * kv**2 + 2 * query * shape.head_dim + attention * shape.query_heads * 3 * kv**2)
+    heads, apart = shape.query_heads, query * shape.head_dim
+    grams = 2 * tokens * (3 * kv**2 + 2 * apart)
+    if attention:  # for each query head A K and A V, and wide grams of them; one of all keys
+        grams += 2 * tokens * (2 * heads + 1) * kv**2
+    for start in range(0, tokens, block) if attention and shape.rotates else ():
+        later, inside = tokens - start, min(block, tokens - start)
+        grams += 2 * (heads * later * inside**2 + inside**2 * kv + inside * kv**2)
+        grams += 2 * (later * apart + 2 * apart * shape.head_dim)
     return {
         "forward": sum(flops(shape, new=tokens, logits=0).values()),
-        "attended": attention * shape.layers * shape.query_heads * 2 * (2 * tokens**2 * kv),
+        "attended": attention * shape.layers * heads * 2 * (2 * tokens**2 * kv),
         "grams": shape.layers * grams,
     }
 

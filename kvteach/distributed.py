@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from . import calibration
-from .moments import Moments, Source
+from .moments import Moments
 
 AGAIN = "finished windows are kept where a path was given, and the same command goes on from there"
 
@@ -62,7 +62,7 @@ class Processes:
     messages: dist.ProcessGroup | None = None
 
     def calibrate(
-        self, model, windows, batch: int = 1, attention: bool = False, path=None, progress: bool = True
+        self, model, windows, batch: int = 1, attention: bool | str = False, path=None, progress: bool = True
     ) -> Moments:
         """`kvteach.calibration.calibrate` by all processes together; each gets the sum. All must call it alike.
 
@@ -103,7 +103,7 @@ class Processes:
                 found = calibration.calibrate(model, part, batch, attention, file, bar)
                 mine = found if mine is None else mine + found
             if mine is None:
-                mine = Moments.zeros(Source.of(model), attention)
+                mine = calibration.empty(model, attention)
         with self._together():
             moments = mine.all_reduce()
             if path is not None and shares and self.rank == 0:

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 
 from .bases import method
-from .moments import Source
+from .moments import BLOCK, Source
 
 GROUPINGS = ("order", "similarity")
 REACH = 2048  # positions served by default; each octave more costs quality at all lengths
-BLOCK = 64  # tokens; 256 lose more: 1.29 instead of 1.25 at a third of the cache of SmolLM2
 # What ordinary heads can hold: their keys pass through RoPE one direction a frequency.
 STOCK = ("commuting-stock", "mean-pool", "procrustes")
 
@@ -30,16 +29,18 @@ class Plan:
     ----------
     kv_heads : key-value heads of every layer afterwards; it divides those of the model.
     kv_ratio : share of the cache bytes that is kept, above 0 and at most 1. Ranks are rounded to even numbers.
-    basis : a name of `kvteach.bases.METHODS`; ``attention-weighted`` by default, ``commuting-stock`` with `stock`.
+    basis : a name of `kvteach.bases.METHODS`. By default ``blockwise``; ``commuting-stock`` with `stock`, and
+        ``attention-weighted`` with `reach`. With ``blockwise`` and RoPE, keys are turned within blocks of
+        `kvteach.moments.BLOCK` tokens only, so their basis holds at every position.
     stock : absorb the keys' basis into the weights too. Only for `STOCK` where the model has RoPE.
     grouping : which heads become one: neighbours (``order``), or those that share most directions (``similarity``).
     centred : let the basis describe deviations from the mean. The mean of keys is dropped, softmax does not see it;
         that of values becomes a constant of the layer's output.
-    sequential : layer by layer on the compressed model's own activations, by `kvteach.sequential.compress`. With RoPE
-        keys are then turned within blocks of `BLOCK` tokens only, so their basis holds at every position.
-    reach : positions that are to be served. RoPE turns keys at positions that no calibration window has reached into
-        directions that its moments have not seen, so these are moved there. By default `REACH`, or as many as the
-        model was made for when these are fewer; never fewer than a calibration window has.
+    sequential : layer by layer on the compressed model's own activations, by `kvteach.sequential.compress`.
+    reach : positions that are to be served, for bases of keys that are turned by their positions. RoPE turns keys at
+        positions that no calibration window has reached into directions that its moments have not seen, so these are
+        moved there. By default `REACH`, or as many as the model was made for when these are fewer; never fewer than a
+        calibration window has.
     """
 
     kv_heads: int | None = None
@@ -73,16 +74,18 @@ class Plan:
         if self.stock and self.kv_heads is None:
             raise ValueError("stock=True makes ordinary heads, so it needs kv_heads, not kv_ratio")
         if self.basis is None:
-            object.__setattr__(self, "basis", "commuting-stock" if self.stock else "attention-weighted")
+            turned = "blockwise" if self.reach is None else "attention-weighted"
+            object.__setattr__(self, "basis", "commuting-stock" if self.stock else turned)
         method(self.basis)
-        own = self.basis == "attention-weighted" and self.grouping == "order"
+        if self.basis == "blockwise" and self.reach is not None:
+            raise ValueError(
+                f"reach is {self.reach} and basis 'blockwise'; its keys hold at every position: leave one of the two out"
+            )
+        own = self.basis == "blockwise" and self.grouping == "order"
         if self.sequential and (not own or self.stock or self.centred):
             raise ValueError(
-                "sequential is True; it makes bases of its own, so leave basis, grouping, centred and stock out"
-            )
-        if self.sequential and self.reach is not None:
-            raise ValueError(
-                f"reach is {self.reach} and sequential is True; its keys hold at every position: leave reach out"
+                "sequential is True; it makes bases of its own, whose keys hold at every position: leave basis, "
+                "grouping, centred, stock and reach out"
             )
 
     @property
@@ -92,7 +95,7 @@ class Plan:
 
     def block(self, source: Source) -> int | None:
         """Tokens of a block that keys are turned within; None where they are turned by their positions, or not."""
-        return BLOCK if self.sequential and source.rotates else None
+        return BLOCK if self.basis == "blockwise" and source.rotates else None
 
     def layout(self, source: Source) -> tuple[int, int, int]:
         """Groups, rank of a group's keys and rank of its values, in every layer of that model.
@@ -128,7 +131,7 @@ class Plan:
         return self.kv_heads, source.head_dim, source.head_dim
 
     def positions(self, source: Source, limit: int | None, calibrated: int) -> int | None:
-        """How many positions the bases are made for; None where positions turn no keys.
+        """How many positions the bases are made for; None where positions turn no keys, or within blocks only.
 
         Parameters
         ----------
@@ -145,6 +148,8 @@ class Plan:
                     f"reach is {self.reach}; a {source.model_type} model has no RoPE, so it reads every position "
                     "alike: leave reach out"
                 )
+            return None
+        if self.block(source):
             return None
         if self.reach is not None and self.reach > limit:
             raise ValueError(

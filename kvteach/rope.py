@@ -46,14 +46,20 @@ def from_config(config) -> Tensor:
     """
     if check_family(config) != "llama":
         raise ValueError(f"a {config.model_type} model has no RoPE, so it has no frequencies")
-    kind = config.rope_parameters["rope_type"]
-    if kind not in FIXED:
+    if not has_fixed_turns(config):
         raise ValueError(
-            f"rope_type is {kind!r}; its turns are not fixed. It must be one of {', '.join(FIXED)}"
+            f"rope_type is {config.rope_parameters['rope_type']!r}, not one of {', '.join(FIXED)}: its turns change with "
+            "the text, so that keys can be neither turned within blocks nor moved to other positions. Take another "
+            "basis, such as attention-weighted, and calibrate on windows as long as the texts to be served"
         )
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     return LlamaRotaryEmbedding(config).inv_freq.double()
+
+
+def has_fixed_turns(config) -> bool:
+    """Whether `from_config` has frequencies for this model."""
+    return check_family(config) == "llama" and config.rope_parameters["rope_type"] in FIXED
 
 
 def rotate(x: Tensor, positions, frequencies: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .activations import Activations, Attention, attention_modules, observe, quiet, read
+from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks
 from .bases import Basis, Projection
 from .bases.shared import shared_encoder
-from .calibration import attended
+from .calibration import wide
 from .convert import build, fill, readers_of
 from .env import bars_off
 from .evaluate import checked_ids
@@ -98,13 +99,10 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
             for row in range(len(ids)):
                 stream.attend(model, layer, y, row)
                 found = seen.pop()
-                queries = queries + _met(found, block, turns)
-                if block is not None:
-                    place = torch.arange(ids.shape[1]) % block
-                    found = replace(found, keys_post=rotate(found.keys_pre, place, turns))
+                queries = queries + _queries(found, block, turns)
                 for number, group in enumerate(heads):
-                    own = attended(_of(found, group, source), block)
-                    grams[number] = grams[number] + torch.stack(list(own))  # [readers, 2, t · d_h, t · d_h]
+                    reading = readers_of(group, source.query_heads // source.kv_heads)
+                    grams[number] = grams[number] + _grams(found, group, reading, block, turns)
                 bar.update()
             attention = read(before[layer])
             bases, decoders = _bases([gram.cpu() for gram in grams], queries.cpu(), attention, plan, source)
@@ -114,27 +112,24 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
     return small
 
 
-def _of(found: Activations, group: list[int], source: Source) -> Activations:
-    """What the query heads of one group do with its keys and values."""
-    reading = readers_of(group, source.query_heads // source.kv_heads)
-    return replace(
-        found,
-        keys_post=found.keys_post[:, group],
-        values=found.values[:, group],
-        attention=found.attention[:, reading],
-    )
-
-
-def _met(found: Activations, block: int | None, turns: Tensor | None) -> Tensor:
-    """Σ qᵀq [query heads, d_h, d_h] of the queries of one window, in the frame of each block that they read."""
-    queries, weights, total = found.queries_post[0].double(), found.attention[0], 0
+def _queries(found: Activations, block: int | None, turns: Tensor | None) -> Tensor:
+    """Σ qᵀq of one window [query heads, d_h, d_h], as the keys are met."""
+    queries = found.queries_post[0].double()  # [query heads, tokens, d_h]
     if block is None:
         return queries.mT @ queries
-    for start in range(0, queries.shape[1], block):
-        seen = rotate(queries[:, start:], -start, turns)  # [query heads, later tokens, d_h]
-        share = weights[:, start:, start : start + block].double().sum(-1, keepdim=True)
-        total = total + (share * seen).mT @ seen
-    return total
+    return queries_in_blocks(queries, found.attention[0], block, turns)
+
+
+def _grams(found: Activations, group: list[int], reading: list[int], block: int | None, turns) -> Tensor:
+    """G_j of keys and of values for each query head that reads the group: [readers, 2, t · d_h, t · d_h]."""
+    keys, values = wide(found.keys_post[0, group]), wide(found.values[0, group])  # [tokens, t · d_h]
+    if block is not None:
+        keys = wide(rotate(found.keys_pre[0, group], torch.arange(len(keys)) % block, turns))
+    pairs = []
+    for weights in found.attention[0, reading].unsqueeze(1):  # [1, tokens, tokens]
+        spread_keys = spread(keys, weights) if block is None else spread_in_blocks(keys, weights, block)
+        pairs.append(torch.stack([spread_keys, handed_on(values, weights)]))
+    return torch.stack(pairs)
 
 
 def _bases(grams: list[Tensor], queries: Tensor, attention: Attention, plan: Plan, source: Source):

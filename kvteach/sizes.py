@@ -50,7 +50,7 @@ def planned_shape(config, plan: Plan) -> cost.Shape:
     groups, key_rank, value_rank = plan.layout(source)
     form = "S" if plan.stock or not source.rotates else "R"
     small = shape.compress(groups, form, key_rank, value_rank)
-    return replace(small, out_bias=small.out_bias or plan.centred)
+    return replace(small, out_bias=small.out_bias or plan.centred, key_block=plan.block(source))
 
 
 def source_of(config) -> Source:

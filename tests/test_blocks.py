@@ -7,9 +7,9 @@ import torch
 from lively import original
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from kvteach import cost, plan, sequential
+from kvteach import calibration, cost, plan, sequential
 from kvteach.activations import record
-from kvteach.calibration import attended
+from kvteach.convert import compress
 from kvteach.plan import Plan
 from kvteach.rope import from_config, rotate
 
@@ -21,11 +21,14 @@ ROUNDING = 1e-5  # transformers rounds its angles to float32, and those of a blo
 @pytest.fixture(autouse=True)
 def blocks_of_four(monkeypatch):
     """So that a short text has several, and the last of them is not full."""
-    monkeypatch.setattr(plan, "BLOCK", 4)
+    for module in (plan, calibration):
+        monkeypatch.setattr(module, "BLOCK", 4)
 
 
 def small(name: str, **dial):
-    return sequential.compress(original(name), WINDOWS, Plan(**dial or {"kv_ratio": 0.5}), progress=False)
+    model, made = original(name), Plan(**dial or {"kv_ratio": 0.5})
+    return compress(model, calibration.calibrate(model, WINDOWS, attention="blockwise", progress=False), made,
+                    progress=False)  # fmt: skip
 
 
 def step_by_step(model, ids, cache, first: int = 5):
@@ -39,10 +42,13 @@ def step_by_step(model, ids, cache, first: int = 5):
 def test_nothing_dropped_nothing_changed(name):
     ids = tiny.ids(2, TOKENS, seed=5)
     for dial in ({"kv_ratio": 1.0}, {"kv_heads": original(name).config.num_key_value_heads}):
-        model = small(name, **dial)
-        assert model.config.key_block == 4
-        with torch.no_grad():
-            torch.testing.assert_close(model(ids).logits, original(name)(ids).logits, rtol=0, atol=ROUNDING)
+        layer_by_layer = sequential.compress(original(name), WINDOWS, Plan(**dial), progress=False)
+        for model in (small(name, **dial), layer_by_layer):
+            assert model.config.key_block == 4 and "reach" not in model.config.kvteach
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    model(ids).logits, original(name)(ids).logits, rtol=0, atol=ROUNDING
+                )
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "aligned", "ragged"])
@@ -155,35 +161,3 @@ def test_bytes_and_flops_are_counted():
     assert whole["attention"] - before["attention"] == wide
 
 
-@pytest.mark.parametrize("block", [1, 4, 100])
-def test_the_gram_is_the_spread_within_blocks(block):
-    """uᵀ G u: every row's second moment of k·u, less the square of what it reads in each block."""
-    model = original("llama-gqa")
-    seen = record(model, WINDOWS[:2], attention=True)[1]
-    direction = torch.randn(
-        lively.moments("llama-gqa").source.kv_heads * model.config.head_dim,
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float64,
-    )
-    said = seen.keys_post.transpose(1, 2).flatten(2) @ direction  # [batch, tokens]
-    for number, (gram, _) in enumerate(attended(seen, block)):
-        weights = seen.attention[:, number]
-        expected = (weights @ said[..., None].square()).sum()
-        for start in range(0, WINDOWS.shape[1], block):
-            inside = slice(start, start + block)
-            expected -= (weights[..., inside] @ said[:, inside, None]).square().sum()
-        torch.testing.assert_close(direction @ gram @ direction, expected)
-
-
-def test_queries_are_met_in_the_frame_of_each_block():
-    model = original("llama-gqa")
-    turns = from_config(model.config)
-    seen = record(model, WINDOWS[:1], attention=True)[1]
-    expected = torch.zeros(4, model.config.head_dim, model.config.head_dim, dtype=torch.float64)
-    for query in range(WINDOWS.shape[1]):
-        for key in range(query + 1):
-            turned = rotate(seen.queries_pre[0, :, query : query + 1], query - key // 4 * 4, turns)
-            expected += seen.attention[0, :, query, key, None, None] * turned.mT @ turned
-    torch.testing.assert_close(sequential._met(seen, 4, turns), expected, rtol=1e-4, atol=1e-6)
-    whole = sequential._met(seen, None, None)
-    torch.testing.assert_close(whole, seen.queries_post[0].mT @ seen.queries_post[0])

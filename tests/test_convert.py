@@ -22,12 +22,12 @@ from kvteach.plan import STOCK, Plan
 from kvteach.rope import from_config, placed
 
 POOLED = ("mean-pool", "procrustes", "commuting-stock")  # their ranks are d_h and no other
-UNCENTRED = ("weight-svd", "attention-weighted", "commuting-attended", "commuting-stock")
+UNCENTRED = ("weight-svd", "attention-weighted", "blockwise", "commuting-attended", "commuting-stock")
 
 
 def small(name: str, **plan):
     """The compressed model of a shared original, for the positions that were calibrated."""
-    if moments(name).source.rotates:
+    if moments(name).source.rotates and plan.get("basis") != "blockwise":
         plan = {"reach": moments(name).reach} | plan
     return compress(original(name), moments(name), Plan(**plan), progress=False)
 
@@ -107,11 +107,13 @@ def test_equal_heads_are_found_and_merged_without_loss(name):
 # -- what is left out is what the basis says ----------------------------------------------------------------
 
 PLANS = {
-    "G": dict(kv_heads=1),
+    "G": dict(kv_heads=1, basis="attention-weighted"),
+    "G-blocks": dict(kv_heads=1, basis="blockwise"),  # one block: the same keys by another basis
     "G-similar": dict(kv_heads=2, basis="activation-svd", grouping="similarity"),
     "G-centred": dict(kv_heads=1, basis="score-weighted", centred=True),
     "G-pooled": dict(kv_heads=1, basis="mean-pool", centred=True),
-    "R": dict(kv_ratio=0.4),
+    "R": dict(kv_ratio=0.4, basis="attention-weighted"),
+    "R-blocks": dict(kv_ratio=0.4, basis="blockwise"),
     "R-commuting": dict(kv_ratio=0.6, basis="commuting"),
     "S": dict(kv_heads=1, stock=True),
 }
@@ -306,9 +308,11 @@ def test_turns_that_change_with_the_text_cannot_be_moved():
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny._make(LlamaForCausalLM, config)
     seen = calibrate(model, tiny.ids(3, 20), attention=True, progress=False)
-    with pytest.raises(ValueError, match=r"'dynamic'.* or calibrate on windows of 90 tokens"):
+    with pytest.raises(ValueError, match="'dynamic'.* calibrate on windows as long as"):
         compress(model, seen, Plan(kv_heads=1, reach=90), progress=False)
     compress(model, seen, Plan(kv_heads=1, reach=20), progress=False)
+    with pytest.raises(ValueError, match="rope_type is 'dynamic'"):
+        calibrate(model, tiny.ids(3, 20), attention="blockwise", progress=False)
 
 
 # -- grouping -----------------------------------------------------------------------------------------------
@@ -473,7 +477,8 @@ def test_a_body_without_a_head(name):
 
 def test_a_basis_that_needs_attention():
     plain = calibrate(original("llama-mha"), tiny.ids(5, 40), progress=False)
-    refuse("keys_attended.*calibrate with attention=True", seen=plain, kv_heads=2)
+    refuse("keys_in_blocks.*calibrate with attention=True", seen=plain, kv_heads=2)
+    refuse("keys_attended.*calibrate with attention=True", seen=plain, kv_heads=2, basis="attention-weighted")
 
 
 def test_centred_without_a_place_for_the_mean():
@@ -483,7 +488,7 @@ def test_centred_without_a_place_for_the_mean():
 
 
 def test_centred_where_the_basis_has_no_mean():
-    for basis in ("attention-weighted", "commuting-attended", "weight-svd"):
+    for basis in ("attention-weighted", "blockwise", "commuting-attended", "weight-svd"):
         refuse("centred", kv_heads=2, basis=basis, centred=True)
 
 

@@ -101,18 +101,22 @@ def test_moments_and_their_flops_are_what_calibration_has(model, attention):
 
     from kvteach.activations import record
     from kvteach.calibration import _layer_sums, calibrate
+    from kvteach.moments import BLOCK
+    from kvteach.rope import from_config
 
-    shape, tokens = Shape.from_config(model.config), torch.ones(1, 6, dtype=torch.long)
+    length = BLOCK + 6  # a block, and a part of one
+    shape, tokens = Shape.from_config(model.config), torch.ones(1, length, dtype=torch.long)
     moments = calibrate(model, tokens, attention=attention, progress=False)
     held = [sum(x.nbytes for x in part.values()) for part in (moments.gram, moments.total, moments.weight)]
     assert cost.moments_bytes(shape, attention) == {"sums": held[0] + held[1], "weights": held[2]}
     layers = record(model, tokens, attention=attention)
+    turns = from_config(model.config) if shape.rotates else None
     with FlopCounterMode(display=False) as counter:
         for activations in layers:
-            _layer_sums(activations)
-    ours = cost.calibration_flops(shape, tokens=6, attention=attention)
+            _layer_sums(activations, moments.gram, turns)
+    ours = cost.calibration_flops(shape, length, attention)
     assert counter.get_total_flops() == ours["attended"] + ours["grams"]
-    assert ours["forward"] == sum(cost.flops(shape, new=6, logits=0).values())
+    assert ours["forward"] == sum(cost.flops(shape, new=length, logits=0).values())
 
 
 @pytest.mark.parametrize(

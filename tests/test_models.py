@@ -24,16 +24,17 @@ from kvteach.convert import compress
 from kvteach.plan import Plan
 
 FORMS = {
-    "G": dict(kv_heads=1),
-    "R": dict(kv_ratio=0.4),
+    "G": dict(kv_heads=1, basis="attention-weighted"),
+    "R": dict(kv_ratio=0.4, basis="attention-weighted"),
     "S": dict(kv_heads=1, stock=True),
+    "blocks": dict(kv_ratio=0.4),
     "similar": dict(kv_heads=2, basis="activation-svd", grouping="similarity"),
 }
 CASES = [
     pytest.param(name, form, id=f"{name}-{form}")
     for name in tiny.MODELS
     for form in FORMS
-    if not (name == "bloom" and form == "S")
+    if not (name == "bloom" and form in ("S", "blocks"))
     and not (form == "similar" and name not in ("llama-mha", "bloom"))
 ]
 SOME = [("llama-mha", "G"), ("qwen2", "S"), ("mistral", "R"), ("bloom", "similar")]
@@ -448,5 +449,5 @@ def test_what_holds_everywhere_does_not_warn():
     plans = [("llama-gqa", dict(kv_heads=1, stock=True)), ("llama-gqa", dict(kv_heads=1, basis="commuting"))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name, plan in [*plans, ("bloom", dict(kv_heads=1))]:
+        for name, plan in [*plans, ("llama-gqa", dict(kv_heads=1)), ("bloom", dict(kv_heads=1))]:
             compress(original(name), moments(name), Plan(**plan), progress=False)(tiny.ids(1, 60))

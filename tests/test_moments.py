@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvteach.activations import attention_modules, record
+from kvteach.bases import METHODS, reads
 from kvteach.calibration import calibrate
-from kvteach.moments import ATTENDED, PLAIN, WEIGHTS, Moments, Source
+from kvteach.moments import ATTENDED, IN_BLOCKS, PLAIN, WEIGHTS, Moments, Source
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -85,6 +86,23 @@ def test_attended_moments_by_their_definition(model):
             read += (row @ values[b]).outer(row @ values[b]) / heads
         assert torch.allclose(moments.gram["keys_attended"][layer], spread, atol=1e-7)
         assert torch.allclose(moments.gram["values_attended"][layer], read, atol=1e-7)
+
+
+def test_moments_for_one_basis_are_all_that_it_reads(model):
+    """The same sums, and no others; a basis made of them is the same."""
+    ids, rotates = tiny.ids(2, 7), model.config.model_type != "bloom"
+    everything = calibrate(model, ids, attention=True, progress=False)
+    for name in METHODS:
+        if name.startswith("commuting") and not rotates:
+            continue
+        few = calibrate(model, ids, attention=name, progress=False)
+        assert set(few.gram) == {*PLAIN, *reads(name, rotates)}
+        assert all(torch.equal(few.gram[kind], everything.gram[kind]) for kind in few.gram)
+        rank = few.source.head_dim
+        made = [METHODS[name](m, 0, list(range(few.source.kv_heads)), rank, rank) for m in (few, everything)]
+        assert torch.equal(made[0].keys.encode, made[1].keys.encode)
+    with pytest.raises(LookupError, match="no basis 'svd'"):
+        calibrate(model, ids, attention="svd", progress=False)
 
 
 def test_keys_shifted_alike_leave_the_attended_covariance():
@@ -211,7 +229,7 @@ def test_moments_of_different_models_do_not_mix():
     other.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3  # as after one small step of fine-tuning
     with pytest.raises(ValueError, match="two models"):
         gqa + calibrate(other, ids, progress=False)
-    with pytest.raises(ValueError, match="keys_attended, values_attended"):
+    with pytest.raises(ValueError, match="keys_attended, keys_in_blocks, queries_in_blocks, values_attended"):
         gqa + calibrate(tiny.MODELS["llama-gqa"](), ids, attention=True, progress=False)
 
 
@@ -302,7 +320,7 @@ def test_save_and_load(tmp_path):
     again = Moments.load(path)
     assert same(moments, again)
     assert again.source == moments.source
-    assert set(again.gram) == set(PLAIN + ATTENDED)
+    assert set(again.gram) == set(PLAIN + ATTENDED + IN_BLOCKS)
     assert set(again.weight) == set(WEIGHTS)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kvteach.bases import METHODS
-from kvteach.moments import Source
-from kvteach.plan import BLOCK, GROUPINGS, REACH, Plan
+from kvteach.moments import BLOCK, Source
+from kvteach.plan import GROUPINGS, REACH, Plan
 
 LLAMA = Source("llama", layers=3, query_heads=8, kv_heads=4, head_dim=16, weights="")
 BLOOM = Source("bloom", layers=3, query_heads=4, kv_heads=4, head_dim=16, weights="")
@@ -69,7 +69,8 @@ def test_layouts():
 
 def test_forms_and_default_bases():
     assert [Plan(kv_heads=2).form, Plan(kv_heads=2, stock=True).form, Plan(kv_ratio=0.5).form] == [*"GSR"]
-    assert Plan(kv_heads=2).basis == Plan(kv_ratio=0.5).basis == "attention-weighted"
+    assert Plan(kv_heads=2).basis == Plan(kv_ratio=0.5).basis == "blockwise"
+    assert Plan(kv_heads=2, reach=90).basis == "attention-weighted"
     assert Plan(kv_heads=2, stock=True).basis == "commuting-stock"
 
 
@@ -105,7 +106,8 @@ def test_layout_of_a_real_source():
     ],
 )
 def test_positions_that_are_served(reach, limit, calibrated, found):
-    assert Plan(kv_heads=1, reach=reach).positions(LLAMA, limit, calibrated) == found
+    plan = Plan(kv_heads=1, basis="attention-weighted", reach=reach)
+    assert plan.positions(LLAMA, limit, calibrated) == found
 
 
 def test_positions_that_cannot_be_served():
@@ -122,7 +124,14 @@ def test_positions_that_cannot_be_served():
 
 
 def test_a_reach_has_no_meaning_within_blocks():
-    with pytest.raises(ValueError, match="its keys hold at every position: leave reach out"):
+    with pytest.raises(ValueError, match="its keys hold at every position: leave one of the two out"):
+        Plan(kv_heads=1, basis="blockwise", reach=90)
+    with pytest.raises(ValueError, match="whose keys hold at every position: leave .* reach out"):
         Plan(kv_heads=1, sequential=True, reach=90)
-    assert Plan(kv_heads=1, sequential=True).block(LLAMA) == BLOCK
-    assert Plan(kv_heads=1, sequential=True).block(BLOOM) is Plan(kv_heads=1).block(LLAMA) is None
+    assert Plan(kv_heads=1).positions(LLAMA, 8192, 512) is None
+
+
+def test_blocks_are_where_keys_turn():
+    for plan in (Plan(kv_heads=1), Plan(kv_ratio=0.5, sequential=True)):
+        assert plan.block(LLAMA) == BLOCK and plan.block(BLOOM) is None
+    assert Plan(kv_heads=1, reach=90).block(LLAMA) is Plan(kv_heads=1, stock=True).block(LLAMA) is None

@@ -9,6 +9,7 @@ name                     keeps                                               ran
 ``activation-svd``       the largest directions of the activations           any          no
 ``score-weighted``       what queries and the output projection read         any          no
 ``attention-weighted``   the same, tokens counted as often as they are read  any          no
+``blockwise``            the same, keys turned within blocks of tokens only  any          no
 ``commuting``            ``score-weighted``, each frequency apart            even         yes
 ``commuting-attended``   ``attention-weighted``, each frequency apart        even         yes
 ``commuting-stock``      the same, one direction a frequency                 keys: d_h    yes, as an ordinary head
@@ -35,6 +36,8 @@ tensor([[3., 0.],
 from collections.abc import Callable
 from functools import partial
 
+from ..moments import ATTENDED as KINDS
+from ..moments import IN_BLOCKS
 from . import (
     activation_svd,
     attention_weighted,
@@ -53,13 +56,22 @@ METHODS: dict[str, Callable[..., Basis]] = {
     "activation-svd": activation_svd.activation_svd,
     "score-weighted": score_weighted.score_weighted,
     "attention-weighted": attention_weighted.attention_weighted,
+    "blockwise": partial(attention_weighted.attention_weighted, in_blocks=True),
     "commuting": commuting.commuting,
     "commuting-attended": partial(commuting.commuting, attended=True),
     "commuting-stock": partial(commuting.commuting, attended=True, stock=True),
 }
 
-# Those that read the moments that only calibrate(attention=True) sums.
-ATTENDED = ("attention-weighted", "commuting-attended", "commuting-stock")
+# Those that read moments which only calibrate(attention=...) sums.
+ATTENDED = ("attention-weighted", "blockwise", "commuting-attended", "commuting-stock")
+
+
+def reads(name: str, rotates: bool) -> tuple[str, ...]:
+    """The attention-weighted kinds of moments that a basis needs of a model, with RoPE or without."""
+    method(name)
+    if name == "blockwise" and rotates:
+        return ("values_attended", *IN_BLOCKS)
+    return KINDS if name in ATTENDED else ()
 
 
 def method(name: str) -> Callable[..., Basis]:
@@ -69,4 +81,4 @@ def method(name: str) -> Callable[..., Basis]:
     return METHODS[name]
 
 
-__all__ = ["ATTENDED", "METHODS", "Basis", "Projection", "method"]
+__all__ = ["ATTENDED", "METHODS", "Basis", "Projection", "method", "reads"]

@@ -9,6 +9,12 @@ every query, and most hardly at all. With A_j the softmax weights of query head 
 
 and the weights W of `score_weighted`. The mean is over all query heads of the layer, and queries are taken as drawn
 apart from their own softmax rows.
+
+In blocks ("blockwise"): a basis for keys at every position must hold each pair of numbers turned by every angle. RoPE
+may also turn a key by its place in a block of m tokens only, and leave the rest to its readers (`kvteach.models.llama`).
+Within a block the slow pairs hardly turn, so fewer directions hold the keys, and a token further on than any calibration
+window has reached is no other. G is then a sum over blocks, and a query counts in the frame of each block, as often as
+it reads there (`kvteach.attended`).
 """
 
 from collections.abc import Sequence
@@ -19,12 +25,24 @@ from .optimal import best_projection
 
 
 def attention_weighted(
-    moments: Moments, layer: int, heads: Sequence[int], key_rank: int, value_rank: int, centred: bool = False
+    moments: Moments,
+    layer: int,
+    heads: Sequence[int],
+    key_rank: int,
+    value_rank: int,
+    centred: bool = False,
+    *,
+    in_blocks: bool = False,
 ) -> Basis:
     """The best basis for softmax rows and for what attention hands on, at the same cache as `activation_svd`.
 
+    Parameters
+    ----------
+    in_blocks : of keys that are turned within blocks; makes no difference to a model without RoPE.
+
     `error` for keys: the variance of a score's error (before the scale 1/√d_h) under a softmax row, averaged over rows,
-    summed over query heads. For values: the squared error in the output, per token, summed over query heads.
+    summed over query heads; in blocks, that within each block, summed. For values: the squared error in the output, per
+    token, summed over query heads.
 
     ValueError as for `kvteach.bases.basis.check_group`, for `centred`, and for moments without attention.
     """
@@ -33,8 +51,10 @@ def attention_weighted(
         raise ValueError(
             "attention-weighted keys are centred by themselves and its values have no mean: centred must be False"
         )
-    keys, values = (moments.matrix(kind, layer, heads) for kind in ("keys_attended", "values_attended"))
+    blocks = in_blocks and moments.source.rotates
+    kinds = ("keys_in_blocks", "queries_in_blocks") if blocks else ("keys_attended", "queries_post")
+    keys, values = (moments.matrix(kind, layer, heads) for kind in (kinds[0], "values_attended"))
     return Basis(
-        best_projection(keys, key_rank, readers(moments, "queries_post", layer, heads)),
+        best_projection(keys, key_rank, readers(moments, kinds[1], layer, heads)),
         best_projection(values, value_rank, readers(moments, "outputs_weight", layer, heads)),
     )

@@ -192,25 +192,22 @@ class _SmallCache:
     def decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
         """One token reads the blocks where they lie: output [batch, h, r_v] and weights [batch, h, 1, cached].
 
-        Where the cache does not end with a block, the product below copies the keys of all whole blocks.
-
         Parameters
         ----------
         query : [batch, h, 1, d_h], before RoPE. latent, value : the cache, [batch, g, cached, r]. slots : [1].
         """
         cached = latent.shape[2]
         starts = torch.arange(0, cached, self.block, device=latent.device)
-        query = self.turned(query, slots - starts)  # [batch, h, blocks, d_h]
+        query = self.turned(query * self.scaling, slots - starts)  # [batch, h, blocks, d_h]
         query = torch.einsum("bhnd,hdr->bnhr", query, self.q_map).unflatten(2, (self.groups, -1))
-        query = query.transpose(1, 2)  # [batch, g, blocks, h/g, r_k]
+        query = query.transpose(1, 2).contiguous()  # [batch, g, blocks, h/g, r_k]
         whole = cached // self.block
         read = latent[:, :, : whole * self.block].unflatten(2, (whole, self.block))
-        scores = read @ query[:, :, :whole].mT  # [batch, g, whole, m, h/g]
-        scores = scores.flatten(2, 3).mT  # [batch, g, h/g, whole · m]
+        scores = _products(read, query[:, :, :whole].mT).flatten(2, 3)  # [batch, g, whole · m, h/g]
         if cached % self.block:
-            rest = query[:, :, -1] @ latent[:, :, whole * self.block :].mT  # [batch, g, h/g, rest]
-            scores = torch.cat([scores, rest], -1)
-        scores = scores * self.scaling
+            rest = latent[:, :, whole * self.block :] @ query[:, :, -1].mT  # [batch, g, rest, h/g]
+            scores = torch.cat([scores, rest], 2)
+        scores = scores.mT  # [batch, g, h/g, cached]
         if mask is not None:  # [batch, 1, 1, cached]: what may be read, or what is added
             hidden = mask[..., :cached]
             scores = scores.masked_fill(~hidden, -torch.inf) if mask.dtype == torch.bool else scores + hidden
@@ -218,6 +215,19 @@ class _SmallCache:
         weights = functional.softmax(scores, -1, dtype=wide).to(value.dtype)
         weights = functional.dropout(weights, self.attention_dropout, self.training)
         return (weights @ value).flatten(1, 2), weights.flatten(1, 2).unsqueeze(2)
+
+
+def _products(read: Tensor, query: Tensor) -> Tensor:
+    """[batch, g, blocks, m, r] · [batch, g, blocks, r, h/g].
+
+    A product of many matrices copies them first, unless they follow one another in memory. Where the cache does not end
+    with a block, those of one sequence do, but not those of all. On a CPU one product for each sequence is then several
+    times faster; a GPU would wait for so many small ones.
+    """
+    if read.is_contiguous() or read.device.type != "cpu":
+        return read @ query
+    pairs = zip(read.flatten(0, 1), query.flatten(0, 1), strict=True)
+    return torch.stack([one @ other for one, other in pairs]).unflatten(0, read.shape[:2])
 
 
 class KvteachLlamaAttention(_SmallCache, LlamaAttention):
