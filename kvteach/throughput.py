@@ -298,8 +298,7 @@ class _Run:
 
         if self.point.cache == "dynamic":
             return DynamicCache(config=self.model.config)
-        block = self.shape.key_block or 1  # whole blocks are read in place
-        return StaticCache(config=self.model.config, max_cache_len=-(-self.ids.shape[1] // block) * block)
+        return StaticCache(config=self.model.config, max_cache_len=self.ids.shape[1])
 
     def _prefill(self) -> None:
         """Times until the cache is filled, and until the first new token is known."""

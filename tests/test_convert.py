@@ -243,7 +243,7 @@ def of_changed(change, plan: Plan, name: str):
     head=st.integers(0, 3),
     key=st.floats(0.2, 5),
     value=st.floats(0.2, 5),
-    basis=st.sampled_from(["score-weighted", "attention-weighted", "commuting"]),
+    basis=st.sampled_from(["score-weighted", "attention-weighted", "blockwise", "commuting"]),
 )
 def test_scale_of_a_head_does_not_matter(head, key, value, basis):
     """k s with q / s gives the same scores, v s with W_O / s the same output; a weighted basis knows that."""
@@ -255,7 +255,7 @@ def test_scale_of_a_head_does_not_matter(head, key, value, basis):
         module.v_proj.weight[rows] *= value
         module.o_proj.weight[:, rows] /= value
 
-    plan = dict(kv_ratio=0.5, basis=basis, reach=40)
+    plan = dict(kv_ratio=0.5, basis=basis, reach=None if basis == "blockwise" else 40)
     changed = of_changed(scale, Plan(**plan), "llama-mha")
     torch.testing.assert_close(changed, logits(small("llama-mha", **plan)), rtol=0, atol=1e-7)
 

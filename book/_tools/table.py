@@ -39,7 +39,7 @@ class Case:
     basis : a name of `kvteach.bases.METHODS`, ``sequential`` or ``original``.
     text, length, windows : what the model is compared on: the first windows of the evaluation side.
     calibrated : length of the calibration windows, always of pydoc-topics and `TOKENS` in all.
-    reach : positions that the bases are made for; None for ``sequential``, which holds at all.
+    reach : positions that the bases are made for; None for keys in blocks, whose bases hold at all.
     """
 
     model: str
@@ -55,22 +55,32 @@ class Case:
 
 def cases() -> list[Case]:
     """All rows, the most important first."""
-    found = []
-    for model in ("mini-llama", "mini-bloom"):
+    found, minis = [], ("mini-llama", "mini-bloom")
+    for model in minis:
         found.append(Case(model, "original"))
-        found += [Case(model, basis, heads) for heads in (4, 2, 1) for basis in _bases(model)]
+        found += [case for heads in (4, 2, 1) for case in _pooled(model, heads)]
     found += _smol()
     long = {"length": 2048, "windows": 4}
-    for model in ("mini-llama", "mini-bloom"):
+    for model in minis:
         found.append(Case(model, "original", **long))
-        found += [Case(model, basis, 2, **long) for basis in _bases(model)]
-        found += [Case(model, basis, 2, **long, calibrated=2048, reach=2048) for basis in _bases(model)]
+        found += _pooled(model, 2, **long) + _pooled(model, 2, **long, calibrated=2048)
     return found
 
 
-def _bases(model: str) -> list[str]:
-    """Those that the model can hold: without RoPE there is nothing to commute with."""
-    return [basis for basis in METHODS if model != "mini-bloom" or not basis.startswith("commuting")]
+def _pooled(model: str, heads: int, calibrated: int = 512, **asked) -> list[Case]:
+    """All bases that the model can hold: without RoPE there is nothing to commute with, and no block."""
+    return [
+        Case(
+            model,
+            basis,
+            heads,
+            **asked,
+            calibrated=calibrated,
+            reach=None if basis == "blockwise" else calibrated,
+        )
+        for basis in METHODS
+        if model != "mini-bloom" or not basis.startswith(("commuting", "blockwise"))
+    ]
 
 
 def _smol() -> list[Case]:
@@ -89,7 +99,7 @@ def _smol() -> list[Case]:
 
     for ratio in (0.5, 0.33, 0.25, 0.67):
         asked = everywhere if ratio == 0.5 else (short, other, long)
-        add(("sequential",), (ratio,), everywhere, reach=None)
+        add(("sequential", "blockwise"), (ratio,), everywhere, reach=None)
         add(("attention-weighted",), (ratio,), asked, reach=2048)
         add(("activation-svd",), (ratio,), (short, other))
         add(("attention-weighted",), (ratio,), (short,))

@@ -55,9 +55,9 @@ def measure() -> dict:
     mha = native(8)
     models = {"MHA": mha}
     for g in (4, 2, 1):
-        blocks = throughput.shaped(mha, Plan(kv_heads=g, sequential=True))
-        models |= {f"compressed {g}": throughput.shaped(mha, g), f"native {g}": native(g)}
-        models[f"in blocks {g}"] = blocks
+        by_position = Plan(kv_heads=g, basis="attention-weighted")
+        models |= {f"compressed {g}": throughput.shaped(mha, by_position), f"native {g}": native(g)}
+        models[f"in blocks {g}"] = throughput.shaped(mha, Plan(kv_heads=g))
     short = throughput.sweep(models, [SHORT], [BATCH], **STEPS)
     long = throughput.sweep(models, [LONG], [BATCH], **STEPS)
     ways = {"folded": models["native 2"]} | {way: native(2, way) for way in OTHER}
