@@ -332,13 +332,14 @@ def _print_needs(asked, config, plan, small_sizes) -> None:
     from copy import deepcopy
 
     from . import cost, sizes
-    from .bases import ATTENDED
+    from .bases import reads
 
     one, width = deepcopy(config), _width(asked, config)
     one.num_hidden_layers = 1  # embeddings, head and one layer: as much of each model as is held at a time
     weights = (sizes.of(one).parameters + sizes.planned(one, plan).parameters) * width
-    # Three times: as they are, moved to the positions to be served, and both together.
-    moments = 3 * cost.moments_bytes(cost.Shape.from_config(config), plan.basis in ATTENDED)["sums"]
+    # Twice while they grow; three times where they are moved: as they were, further on, and both together.
+    copies, kinds = 2 if plan.basis == "blockwise" else 3, reads(plan.basis, sizes.source_of(config).rotates)
+    moments = copies * cost.moments_bytes(cost.Shape.from_config(config), kinds)["sums"]
     print(
         f"needed:  {_bytes(weights)} of memory for weights, at most {_bytes(moments)} for moments, "
         f"{_bytes(small_sizes.parameters * width)} on disk",

@@ -19,6 +19,7 @@ bytes in every form. The forms differ in where the basis Ψ lives:
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -51,7 +52,6 @@ class Shape:
     norm_bias: bool = False  # LayerNorm instead of RMSNorm
     embedding_norm: bool = False  # BLOOM normalises its embeddings
     tied: bool = True  # the LM head is the embedding table
-    rotates: bool = True  # RoPE; False for ALiBi
     form: str = "S"
     source_kv_heads: int | None = None  # before compression; None when the model is as it was trained
     key_rank: int | None = None  # numbers cached for a head's keys; None for head_dim
@@ -129,7 +129,6 @@ class Shape:
             intermediate=4 * hidden if bloom else config.intermediate_size,
             vocab=config.vocab_size,
             gated=not bloom,
-            rotates=not bloom,
             qkv_bias=biased or family == "qwen2",
             out_bias=biased or bool(getattr(config, "output_bias", False)),
             mlp_bias=bloom or bool(getattr(config, "mlp_bias", False)),
@@ -257,14 +256,14 @@ def intensity(shape: Shape, cached: int, batch: int = 1, **widths: float) -> flo
     return work / sum(decode_bytes(shape, cached, batch, **widths).values())
 
 
-def moments_bytes(shape: Shape, attention: bool = True) -> dict[str, int]:
+def moments_bytes(shape: Shape, attended: Sequence[str] = ()) -> dict[str, int]:
     """Bytes of `kvteach.moments.Moments`, float64, of all layers: they do not depend on the number of tokens.
 
     Gram matrices are [d, d] with d = kv_heads · head_dim, those of queries [query_heads, head_dim, head_dim].
 
     Parameters
     ----------
-    attention : count the attention-weighted kinds too.
+    attended : the attention-weighted kinds that are summed too, as `kvteach.bases.reads` names those of a basis.
 
     Returns
     -------
@@ -275,38 +274,43 @@ def moments_bytes(shape: Shape, attention: bool = True) -> dict[str, int]:
     width = shape.query_heads * shape.head_dim
     # keys before and after RoPE, values: gram and total; queries before and after
     sums = 3 * (kv**2 + kv) + 2 * (apart + width)
-    if attention:  # keys and values; with RoPE, keys and queries in blocks
-        sums += 2 * kv**2 + shape.rotates * (kv**2 + apart)
+    sums += sum(apart if kind.startswith("queries") else kv**2 for kind in attended)
     return {"sums": 8 * shape.layers * sums, "weights": 8 * shape.layers * (2 * kv**2 + apart)}
 
 
-def calibration_flops(shape: Shape, tokens: int, attention: bool = True, block: int = 64) -> dict[str, int]:
+def calibration_flops(
+    shape: Shape, tokens: int, attended: Sequence[str] = (), block: int = 64
+) -> dict[str, int]:
     """FLOPs of calibrating on one window of `tokens` tokens, by the width of number they are done in.
 
     Parameters
     ----------
-    attention : count the attention-weighted kinds too, `kvteach.attended`.
-    block : tokens in which RoPE turns the keys of the kinds in blocks.
+    attended : the attention-weighted kinds that are summed too, `kvteach.attended`.
+    block : tokens of a block, for the kinds in blocks.
 
     Returns
     -------
     "forward" in the dtype of the model, "attended" (what each query head reads) in float32 or wider, and "grams" in
     float64. The products of the weights, once for each model, are left out.
     """
-    kv, query = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim
+    heads, kv = shape.query_heads, shape.kv_heads * shape.head_dim
+    apart = heads * shape.head_dim**2
     tokens = _whole(tokens, "tokens", 1)
-    heads, apart = shape.query_heads, query * shape.head_dim
-    grams = 2 * tokens * (3 * kv**2 + 2 * apart)
-    if attention:  # for each query head A K and A V, and wide grams of them; one of all keys
-        grams += 2 * tokens * (2 * heads + 1) * kv**2
-    for start in range(0, tokens, block) if attention and shape.rotates else ():
-        later, inside = tokens - start, min(block, tokens - start)
-        grams += 2 * (heads * later * inside**2 + inside**2 * kv + inside * kv**2)
-        grams += 2 * (later * apart + 2 * apart * shape.head_dim)
+    parts = [(tokens - start, min(block, tokens - start)) for start in range(0, tokens, block)]
+    each = {  # for each query head what it reads, [tokens, kv], and its gram; and one gram of all keys
+        "keys_attended": tokens * (heads + 1) * kv**2,
+        "values_attended": tokens * heads * kv**2,
+        # from later tokens to a block: grams of softmax weights [block, block], then K_iᵀ (…) K_i
+        "keys_in_blocks": sum(heads * later * m**2 + m**2 * kv + m * kv**2 for later, m in parts),
+        # grams of later queries, and two turns of their sum
+        "queries_in_blocks": sum(later * apart + 2 * apart * shape.head_dim for later, _ in parts),
+    }
+    grams = tokens * (3 * kv**2 + 2 * apart) + sum(each[kind] for kind in attended)
+    reading = len({"keys_attended", "values_attended"} & set(attended))
     return {
         "forward": sum(flops(shape, new=tokens, logits=0).values()),
-        "attended": attention * shape.layers * heads * 2 * (2 * tokens**2 * kv),
-        "grams": shape.layers * grams,
+        "attended": shape.layers * heads * reading * 2 * tokens**2 * kv,
+        "grams": shape.layers * 2 * grams,
     }
 
 

@@ -37,9 +37,7 @@ def test_spread_is_the_covariance_under_each_row(seen, rows):
 def test_spread_in_blocks_has_a_mean_for_each_block(seen, rows, block):
     """uᵀ G u: every row's second moment of k·u, less the square of what it reads in each block."""
     keys = wide(seen["keys_post"])
-    direction = torch.randn(
-        keys.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    direction = torch.randn(keys.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     said = keys.double() @ direction  # [tokens]
     expected = (rows @ said.square()).sum()
     for start in range(0, TOKENS, block):

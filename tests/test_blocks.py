@@ -159,5 +159,3 @@ def test_bytes_and_flops_are_counted():
     assert whole["basis"] == before["basis"]  # a key for each token instead of a query
     wide = 2 * 64 * shape.layers * shape.query_heads * (shape.head_dim - shape.key_rank)
     assert whole["attention"] - before["attention"] == wide
-
-

@@ -94,27 +94,28 @@ def test_flops_are_what_pytorch_counts(model, new, cached):
     assert counter.get_total_flops() - ours in ((0,) if model.config.model_type == "bloom" else (0, angles))
 
 
-@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("attention", [False, True, "blockwise", "attention-weighted"])
 def test_moments_and_their_flops_are_what_calibration_has(model, attention):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from kvteach.activations import record
     from kvteach.calibration import _layer_sums, calibrate
-    from kvteach.moments import BLOCK
+    from kvteach.moments import BLOCK, PLAIN
     from kvteach.rope import from_config
 
     length = BLOCK + 6  # a block, and a part of one
     shape, tokens = Shape.from_config(model.config), torch.ones(1, length, dtype=torch.long)
     moments = calibrate(model, tokens, attention=attention, progress=False)
+    kinds = [kind for kind in moments.gram if kind not in PLAIN]
     held = [sum(x.nbytes for x in part.values()) for part in (moments.gram, moments.total, moments.weight)]
-    assert cost.moments_bytes(shape, attention) == {"sums": held[0] + held[1], "weights": held[2]}
-    layers = record(model, tokens, attention=attention)
-    turns = from_config(model.config) if shape.rotates else None
+    assert cost.moments_bytes(shape, kinds) == {"sums": held[0] + held[1], "weights": held[2]}
+    layers = record(model, tokens, attention=bool(attention))
+    turns = from_config(model.config) if "keys_in_blocks" in kinds else None
     with FlopCounterMode(display=False) as counter:
         for activations in layers:
-            _layer_sums(activations, moments.gram, turns)
-    ours = cost.calibration_flops(shape, length, attention)
+            _layer_sums(activations, kinds, turns)
+    ours = cost.calibration_flops(shape, length, kinds)
     assert counter.get_total_flops() == ours["attended"] + ours["grams"]
     assert ours["forward"] == sum(cost.flops(shape, new=length, logits=0).values())
 
