@@ -16,7 +16,6 @@ All functions sum over rows and over the heads that are handed in. With h heads 
 softmax weights are [h, l, l], rows of keys and values [l, d]. Sums are float64.
 """
 
-import torch
 from torch import Tensor
 
 from .rope import rotation

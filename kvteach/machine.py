@@ -24,8 +24,8 @@ class Machine:
     copy : bytes of one tensor -> bytes that are copied when tensors of this size or larger get longer by a token; half
         of `read` where it is not known, as each byte is read and written. On a CPU tensors above some 32 MB are slow:
         the system hands out fresh pages for each.
-    attend : (query heads of each cached head, its width) -> bytes of keys and values that attention reads;
-        `read` and `matmul` say it where it is not known.
+    attend : (query heads of each cached head, its width, tokens of a block) -> bytes of keys and values that attention
+        reads; `read` and `matmul` say it where it is not known. 0 tokens: keys are not turned within blocks.
     product : sequences -> bytes of weights that a product with so many rows reads; likewise.
     launch : seconds, of a layer with next to nothing in it.
     memory : bytes, None when not known.
@@ -36,7 +36,7 @@ class Machine:
     matmul: float
     copy: dict[int, float] = field(default_factory=dict)
     launch: float = 0
-    attend: dict[tuple[int, int], float] = field(default_factory=dict)
+    attend: dict[tuple[int, int, int], float] = field(default_factory=dict)
     product: dict[int, float] = field(default_factory=dict)
     memory: float | None = None
 
@@ -55,8 +55,8 @@ class Machine:
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         attend = [
-            {"readers": readers, "width": width, "bytes": rate}
-            for (readers, width), rate in self.attend.items()
+            {"readers": readers, "width": width, "block": block, "bytes": rate}
+            for (readers, width, block), rate in self.attend.items()
         ]
         copy = [{"tensor": size, "bytes": rate} for size, rate in self.copy.items()]
         plain = {name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "memory")}
@@ -94,7 +94,7 @@ class Meter:
     ----------
     device : ``cuda`` where there is one, else ``cpu``.
     dtype : torch.float32 by default.
-    attend : (t, width) -> the rate at which attention reads, t query heads on one cached head of that width.
+    attend : (t, width, block) for each rate at which attention reads, t query heads on one cached head of that width.
     rows : the rates at which matrix products with so many rows read weights.
     fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
     megabytes : what is read, and held meanwhile. By default 128, on a GPU 512: more than any processor's own cache.
@@ -108,7 +108,7 @@ class Meter:
         self,
         device: str | None = None,
         dtype=None,
-        attend: Sequence[tuple[int, int]] = ((1, 64),),
+        attend: Sequence[tuple[int, int, int]] = ((1, 64, 0),),
         rows: Sequence[int] = (1,),
         fused: bool = True,
         megabytes: int | None = None,
@@ -120,7 +120,7 @@ class Meter:
         self.device = torch.device(device or env.device())
         if megabytes is None:
             megabytes = 512 if self.device.type == "cuda" else 128
-        lowest = {"megabytes": megabytes, "attend": min(min(pair) for pair in attend), "rows": min(rows)}
+        lowest = {"megabytes": megabytes, "attend": min(min(key[:2]) for key in attend), "rows": min(rows)}
         for name, value in lowest.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it should be 1 or more")
@@ -189,13 +189,16 @@ def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
         product = lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights]  # noqa: E731
         ways["product", number] = (product, weights.nbytes)
     attention = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
-    for t, width in sorted(set(attend)):
+    for t, width, block in sorted(set(attend)):
         tokens = 256 if small else 8192
         heads = max(count // (2 * tokens * width), 1)
         keys, values = flat[: 2 * heads * tokens * width].view(2, 1, heads, tokens, width)
-        query = torch.randn(1, heads, t, width, **made)
-        way = lambda query=query, keys=keys, values=values: attention(query, keys, values)  # noqa: E731
-        ways["attend", (t, width)] = (way, keys.nbytes + values.nbytes)
+        query = torch.randn(1, heads, -(-tokens // block) if block else 1, t, width, **made)
+        if block:
+            way = lambda query=query, keys=keys, values=values: _in_blocks(query, keys, values)  # noqa: E731
+        else:
+            way = lambda query=query[:, :, 0], keys=keys, values=values: attention(query, keys, values)  # noqa: E731
+        ways["attend", (t, width, block)] = (way, keys.nbytes + values.nbytes)
     return ways
 
 
@@ -207,6 +210,13 @@ def _split(flat, size: int):
 def _unfused(query, keys, values):
     """Attention in three operations: [1, heads, t, d], [1, heads, tokens, d] twice -> [1, heads, t, d]."""
     return (query @ keys.mT).softmax(-1) @ values
+
+
+def _in_blocks(query, keys, values):
+    """The same with another query for each block: [1, heads, blocks, t, d] -> [1, heads, t, d]."""
+    read = keys.unflatten(2, (query.shape[2], -1))  # [1, heads, blocks, tokens of a block, d]
+    scores = (read @ query.mT).flatten(2, 3).mT  # [1, heads, t, tokens]
+    return scores.softmax(-1) @ values
 
 
 def _small_model(device, dtype) -> tuple[Callable, int]:

@@ -79,7 +79,8 @@ class Plan:
         method(self.basis)
         if self.basis == "blockwise" and self.reach is not None:
             raise ValueError(
-                f"reach is {self.reach} and basis 'blockwise'; its keys hold at every position: leave one of the two out"
+                f"reach is {self.reach} and basis 'blockwise'; its keys hold at every position: leave one of the two "
+                "out"
             )
         own = self.basis == "blockwise" and self.grouping == "order"
         if self.sequential and (not own or self.stock or self.centred):

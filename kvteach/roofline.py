@@ -9,10 +9,11 @@ One step reads every weight once, and the keys and values of every sequence. Wit
 
     T = weights + attention + copy + launch seconds,       batch / T tokens a second
 
-`read` is what the memory gives. `attend` is what attention gets of it: how fast scaled_dot_product_attention reads
-keys and values when t = h / g query heads read each cached head; `product` what a matrix product with one row for each
-sequence gets. On a CPU both fall as t or the batch grows: narrow products are far from the FLOPs of square ones. With
-neither, without copies and launches, T is the roofline (Williams et al., 2009).
+`read` is what the memory gives. `attend` is what attention gets of it: how fast it reads keys and values when t = h / g
+query heads read each cached head, at once or in blocks; with blocks their queries are mapped at the rate `matmul` on
+top. `product` is what a matrix product with one row for each sequence gets. On a CPU both fall as t or the batch grows:
+narrow products are far from the FLOPs of square ones. With neither, without copies and launches, T is the roofline
+(Williams et al., 2009).
 
 Where nothing is known of the machine, the line T = a + b · x, with x the share g / h of the cache, is fitted to
 measured steps: a is what does not depend on the cache, 1 + b / a the largest speed-up that a smaller cache can give.
@@ -25,7 +26,7 @@ measured steps: a is what does not depend on the cache, 1 + b / a the largest sp
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,18 +52,19 @@ def seconds(
     -------
     "weights", "attention", "copy" and "launch", in seconds.
     """
-    work = cost.flops(shape, new=1, cached=cached)
+    work = cost.flops(replace(shape, key_block=None), new=1, cached=cached)
     moved = cost.decode_bytes(shape, cached, batch, bytes_per_number, bytes_per_number)
-    attention = batch * work.pop("attention")
+    attention, once = batch * work.pop("attention"), work["basis"]
 
     def part(size, flops, known):
         return size / known if known else max(size / machine.read, flops / machine.matmul)
 
     product = machine.product.get(batch)
-    attend = machine.attend.get((shape.query_heads // shape.kv_heads, shape.widths[0]))
+    attend = machine.attend.get((shape.query_heads // shape.kv_heads, shape.widths[0], shape.key_block or 0))
+    again = cost.flops(shape, new=1, cached=cached)["basis"] - once  # queries are mapped once for each block
     return {
         "weights": part(moved["weights"], batch * sum(work.values()), product),
-        "attention": part(moved["cache"], attention, attend),
+        "attention": part(moved["cache"], attention, attend) + batch * again / machine.matmul,
         # a layer's keys are one tensor, its values another
         "copy": grows * moved["cache"] / machine.copies(moved["cache"] / shape.layers / 2),
         "launch": shape.layers * machine.launch,

@@ -148,7 +148,7 @@ def _meter(models: dict, batches) -> Meter:
     """For the rates that these models need."""
     first = next(iter(models.values()))
     shapes = [cost.Shape.from_config(model.config) for model in models.values()]
-    attend = [(shape.query_heads // shape.kv_heads, shape.widths[0]) for shape in shapes]
+    attend = [(one.query_heads // one.kv_heads, one.widths[0], one.key_block or 0) for one in shapes]
     return Meter(
         first.device.type, first.dtype, attend, batches, first.config._attn_implementation != "eager"
     )

@@ -1,6 +1,5 @@
 """Keys turned within blocks: the same scores as with RoPE, however the cache is cut, read and filled."""
 
-import lively
 import pytest
 import tiny
 import torch
@@ -8,10 +7,8 @@ from lively import original
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from kvteach import calibration, cost, plan, sequential
-from kvteach.activations import record
 from kvteach.convert import compress
 from kvteach.plan import Plan
-from kvteach.rope import from_config, rotate
 
 WINDOWS, TOKENS = tiny.ids(4, 24, seed=3), 19
 NAMES = [name for name in tiny.MODELS if name != "bloom"]

@@ -126,7 +126,7 @@ def test_positions_that_cannot_be_served():
 def test_a_reach_has_no_meaning_within_blocks():
     with pytest.raises(ValueError, match="its keys hold at every position: leave one of the two out"):
         Plan(kv_heads=1, basis="blockwise", reach=90)
-    with pytest.raises(ValueError, match="whose keys hold at every position: leave .* reach out"):
+    with pytest.raises(ValueError, match=r"whose keys hold at every position: leave .* reach out"):
         Plan(kv_heads=1, sequential=True, reach=90)
     assert Plan(kv_heads=1).positions(LLAMA, 8192, 512) is None
 

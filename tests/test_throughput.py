@@ -12,6 +12,7 @@ from kvteach.calibration import calibrate
 from kvteach.convert import compress
 from kvteach.machine import Machine, Meter
 from kvteach.memory import Made, Peak
+from kvteach.moments import BLOCK
 from kvteach.plan import Plan
 
 MACHINE = Machine("none", read=1e10, matmul=1e11)
@@ -213,10 +214,10 @@ def test_the_machine_is_measured_for_these_models_in_their_turns(monkeypatch):
 
     monkeypatch.setattr(throughput, "Meter", functools.partial(Small, megabytes=1))
     models = pair() | {"latent": throughput.shaped(tiny.MODELS["llama-mha"](), Plan(kv_ratio=0.5))}
-    found = throughput.sweep(models, [4], [2, 1], prefill=False, **FEW | {"machine": None})
-    for row in found["rows"]:
-        pairs = {(one["readers"], one["width"]) for one in row["machine"]["attend"]}
-        assert pairs == {(1, 16), (2, 16), (4, 32)}
+    rows = throughput.sweep(models, [4], [2, 1], prefill=False, **FEW | {"machine": None})["rows"]
+    for row in rows:
+        found = {(one["readers"], one["width"], one["block"]) for one in row["machine"]["attend"]}
+        assert found == {(1, 16, 0), (2, 16, BLOCK), (4, 32, BLOCK)}
         assert {one["rows"] for one in row["machine"]["product"]} == {1, 2}
     assert len(order) == 1 + 2 * (1 + 3)  # to warm up; at each of two points one before, then one a turn
 

@@ -11,10 +11,10 @@ and the weights W of `score_weighted`. The mean is over all query heads of the l
 apart from their own softmax rows.
 
 In blocks ("blockwise"): a basis for keys at every position must hold each pair of numbers turned by every angle. RoPE
-may also turn a key by its place in a block of m tokens only, and leave the rest to its readers (`kvteach.models.llama`).
-Within a block the slow pairs hardly turn, so fewer directions hold the keys, and a token further on than any calibration
-window has reached is no other. G is then a sum over blocks, and a query counts in the frame of each block, as often as
-it reads there (`kvteach.attended`).
+may also turn a key by its place in a block of m tokens only, and leave the rest to its readers
+(`kvteach.models.llama`). Within a block the slow pairs hardly turn, so fewer directions hold the keys, and a token
+further on than any calibration window has reached is no other. G is then a sum over blocks, and a query counts in the
+frame of each block, as often as it reads there (`kvteach.attended`).
 """
 
 from collections.abc import Sequence
