@@ -12,7 +12,8 @@ from kvteach.plan import Plan
 
 WINDOWS, TOKENS = tiny.ids(4, 24, seed=3), 19
 NAMES = [name for name in tiny.MODELS if name != "bloom"]
-ROUNDING = 1e-5  # transformers rounds its angles to float32, and those of a block are others
+ROUNDING = 1e-9
+SINGLE = 1e-5  # where something is float32 inside: the softmax of eager attention, the norms that a refit starts from
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +39,13 @@ def step_by_step(model, ids, cache, first: int = 5):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_dropped_nothing_changed(name):
     ids = tiny.ids(2, TOKENS, seed=5)
-    for dial in ({"kv_ratio": 1.0}, {"kv_heads": original(name).config.num_key_value_heads}):
-        layer_by_layer = sequential.compress(original(name), WINDOWS, Plan(**dial), progress=False)
-        for model in (small(name, **dial), layer_by_layer):
-            assert model.config.key_block == 4 and "reach" not in model.config.kvteach
-            with torch.no_grad():
-                torch.testing.assert_close(
-                    model(ids).logits, original(name)(ids).logits, rtol=0, atol=ROUNDING
-                )
+    with torch.no_grad():
+        expected = original(name)(ids).logits
+        for dial in ({"kv_ratio": 1.0}, {"kv_heads": original(name).config.num_key_value_heads}):
+            layer_by_layer = sequential.compress(original(name), WINDOWS, Plan(**dial), progress=False)
+            for model, tolerance in ((small(name, **dial), ROUNDING), (layer_by_layer, SINGLE)):
+                assert model.config.key_block == 4 and "reach" not in model.config.kvteach
+                torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "aligned", "ragged"])
@@ -69,13 +69,13 @@ def test_eager_and_sdpa_agree_and_hand_out_weights(name):
         expected = model(ids).logits
         model.set_attn_implementation("eager")
         whole = model(ids, output_attentions=True)
-        torch.testing.assert_close(whole.logits, expected, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(whole.logits, expected, rtol=0, atol=SINGLE)
         cache = DynamicCache(config=model.config)
         model(ids[:, :-1], past_key_values=cache)
         step = model(ids[:, -1:], past_key_values=cache, output_attentions=True)
     for one, all_ in zip(step.attentions, whole.attentions, strict=True):
         row = all_[:, :, -1:, -one.shape[-1] :]  # a sliding window has dropped the first
-        torch.testing.assert_close(one, row, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(one, row, rtol=0, atol=SINGLE)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "mistral", "qwen2"])
@@ -96,7 +96,7 @@ def test_a_key_depends_on_its_place_in_the_block_only():
     with torch.no_grad():
         model(torch.full((1, 16), 7), past_key_values=cache)
     blocks = cache.layers[0].keys.unflatten(2, (4, 4))  # of the first layer, whose input is the token alone
-    torch.testing.assert_close(blocks, blocks[:, :, :1].expand_as(blocks), rtol=0, atol=1e-12)
+    torch.testing.assert_close(blocks, blocks[:, :, :1].expand_as(blocks), rtol=0, atol=SINGLE)
     assert not torch.allclose(blocks[..., 0, :], blocks[..., 1, :])
 
 

@@ -15,9 +15,9 @@ With `key_block` m, the cache is a row of blocks of m tokens, and keys are turne
 So at most m positions need a basis, however long the text is. What is missing, the turn by im of block i, is made good
 by the reader; RoPE depends on differences only, so nothing is lost:
 
-    c = (x W_K R_{s − im}) E                token in slot s = im … im + m − 1 of the cache
-    q̃_i = (x W_Q^j R_{S − im}) M_j          a query in slot S, once for each block that it reads
-    q̃_i cᵀ = (x W_Q^j R_S) (c M_jᵀ R_{im})ᵀ   or, where many queries read, the keys are rebuilt and turned instead
+    c = (x W_K R_s R_imᵀ) E                token in slot s = im … im + m − 1 of the cache
+    q̃_i = (x W_Q^j R_S R_imᵀ) M_j          a query in slot S, once for each block that it reads
+    q̃_i cᵀ = (x W_Q^j R_S) (c M_jᵀ R_im)ᵀ     or, where many queries read, the keys are rebuilt and turned instead
 
 Where a sliding window drops tokens, keys are rebuilt at every step. Slots are counted, not positions: padding on the
 left moves both alike. Positions that jump would be read wrongly; within one call they are refused.
@@ -130,7 +130,7 @@ class _SmallCache:
         if self.block:
             past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
             slots = past + torch.arange(shape[1], device=query.device)  # `past` of a static cache is a tensor
-            key = self.turned(key, slots % self.block)
+            key = self.begun(self.turned(key, slots), slots - slots % self.block, back=True)
         else:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
@@ -175,10 +175,21 @@ class _SmallCache:
             weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
         return self.o_proj(output.reshape(*shape, -1)), weights
 
-    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x R_p: x [batch, heads, positions, d_h], or [batch, heads, 1, d_h] to be turned to each position."""
-        cos, sin = self.rotary(x, positions[None])  # [1, positions, d_h]
+    def turned(self, x: Tensor, slots: Tensor) -> Tensor:
+        """x R_s: x [batch, heads, slots, d_h]."""
+        cos, sin = self.rotary(x, slots[None])  # [1, slots, d_h]
         return x * cos + rotate_half(x) * sin
+
+    def begun(self, x: Tensor, starts: Tensor, back: bool = False) -> Tensor:
+        """x R_im, or x R_imᵀ, for the starts im of blocks: x [batch, heads, starts or 1, d_h].
+
+        Angles are float32 in transformers, so R_s R_imᵀ is not quite its R_{s−im}: to be exact both are needed. And as
+        cosine and sine are rounded too, they are scaled to a rotation, whose inverse is its transpose.
+        """
+        cos, sin = self.rotary(x, starts[None])  # [1, starts, d_h]
+        size = torch.hypot(cos, sin)
+        sin = -sin if back else sin
+        return x * (cos / size) + rotate_half(x) * (sin / size)
 
     def rebuilt(self, latent: Tensor, slots: Tensor) -> Tensor:
         """The keys that each query head reads, after RoPE: [batch, g, cached, r_k] -> [batch, h, cached, d_h]."""
@@ -187,7 +198,7 @@ class _SmallCache:
         stored = first + torch.arange(cached, device=latent.device)
         maps = self.q_map.unflatten(0, (self.groups, -1))  # [g, h/g, d_h, r_k]
         keys = torch.einsum("bglr,gjdr->bgjld", latent, maps).flatten(1, 2)
-        return self.turned(keys, stored - stored % self.block)
+        return self.begun(keys, stored - stored % self.block)
 
     def decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
         """One token reads the blocks where they lie: output [batch, h, r_v] and weights [batch, h, 1, cached].
@@ -198,7 +209,8 @@ class _SmallCache:
         """
         cached = latent.shape[2]
         starts = torch.arange(0, cached, self.block, device=latent.device)
-        query = self.turned(query * self.scaling, slots - starts)  # [batch, h, blocks, d_h]
+        query = self.turned(query * self.scaling, slots)
+        query = self.begun(query, starts, back=True)  # [batch, h, blocks, d_h]
         query = torch.einsum("bhnd,hdr->bnhr", query, self.q_map).unflatten(2, (self.groups, -1))
         query = query.transpose(1, 2).contiguous()  # [batch, g, blocks, h/g, r_k]
         whole = cached // self.block
