@@ -298,7 +298,7 @@ def test_encoding_commutes_with_rope(model, name):
 
 
 def test_other_bases_do_not_claim_to_commute():
-    for name in ("weight-svd", "activation-svd", "score-weighted", "attention-weighted"):
+    for name in ("weight-svd", "activation-svd", "score-weighted", "attention-weighted", "blockwise"):
         assert make("llama-mha", name, rank=4).keys.frequencies is None
     assert all(make("bloom", name, rank=4).keys.frequencies is None for name in POOLED)
 
@@ -487,7 +487,9 @@ def test_spoiled_moments_give_finite_bases(model, name, how):
                 assert wrong.abs().max() <= 1e-6 * max(1, side.decode.abs().max())
 
 
-@pytest.mark.parametrize("name", ["activation-svd", "score-weighted", "attention-weighted", "commuting"])
+@pytest.mark.parametrize(
+    "name", ["activation-svd", "score-weighted", "attention-weighted", "blockwise", "commuting"]
+)
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
 def test_a_scale_changes_nothing_but_the_error(name, factor):
     plain = make("llama-gqa", name, rank=6)
@@ -565,7 +567,7 @@ def test_other_mistakes_are_named():
         method("commuting-stock")(moments, 0, [0, 1], 8, 8)
     with pytest.raises(ValueError, match="a bloom model has no RoPE to commute with"):
         method("commuting")(calibrated("bloom")[0], 0, [0, 1], 8, 8)
-    for name in ("weight-svd", "attention-weighted", "commuting-attended", "commuting-stock"):
+    for name in ("weight-svd", "attention-weighted", "blockwise", "commuting-attended", "commuting-stock"):
         with pytest.raises(ValueError, match="centred must be False"):
             method(name)(moments, 0, [0, 1], 16, 16, centred=True)
     with pytest.raises(IndexError, match="layer 3 does not exist: the model has layers 0 to 2"):
@@ -576,6 +578,18 @@ def test_other_mistakes_are_named():
     for name in ("attention-weighted", "commuting-attended"):
         with pytest.raises(ValueError, match=r"no moments of 'keys_attended'.*calibrate with attention=True"):
             method(name)(plain, 0, [0, 1], 8, 8)
+
+
+def test_blockwise_without_rope_is_attention_weighted_and_reads_keys_of_its_own_with_it():
+    plain, blocks = (make("bloom", name, rank=6) for name in ("attention-weighted", "blockwise"))
+    assert torch.equal(plain.keys.encode, blocks.keys.encode) and torch.equal(
+        plain.values.decode, blocks.values.decode
+    )
+    moments = calibrated("llama-mha")[0]
+    found = method("blockwise")(moments, LAYER, [0, 1, 2, 3], 8, 8).keys
+    gram = moments.matrix("keys_in_blocks", LAYER)
+    queries = basis.readers(moments, "queries_in_blocks", LAYER, [0, 1, 2, 3])
+    assert found.error == pytest.approx(objective(gram, queries, found.encode, found.decode))
 
 
 def test_docstrings():

@@ -37,7 +37,7 @@ CASES = [
     if not (name == "bloom" and form in ("S", "blocks"))
     and not (form == "similar" and name not in ("llama-mha", "bloom"))
 ]
-SOME = [("llama-mha", "G"), ("qwen2", "S"), ("mistral", "R"), ("bloom", "similar")]
+SOME = [("llama-mha", "G"), ("qwen2", "S"), ("mistral", "R"), ("bloom", "similar"), ("llama-gqa", "blocks")]
 ROOT = Path(kvteach.__file__).parents[1]
 
 
@@ -151,7 +151,7 @@ def test_bytes_are_those_that_were_promised(name, form, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [case for case in SOME if case[0] != "bloom"] + [("llama-mha", "R")]
+    ("name", "form"), [("llama-mha", "G"), ("qwen2", "S"), ("mistral", "R"), ("llama-mha", "R")]
 )
 @torch.no_grad()
 def test_decoding_reads_the_cache_in_place(name, form, monkeypatch):
@@ -220,7 +220,7 @@ def test_generate_with_a_cache_is_generate_without(name, form, way):
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*SOME, ("llama-mqa-bias", "G"), ("llama-gqa", "S"), ("bloom", "R")]
+    ("name", "form"), [*SOME[:-1], ("llama-mqa-bias", "G"), ("llama-gqa", "S"), ("bloom", "R")]
 )
 def test_a_padded_batch_is_its_rows_alone(name, form):
     model = small_float32(name, form)
