@@ -13,6 +13,7 @@ module           what it holds                                                  
 ``activations``  keys, values and queries of a forward pass                            2
 ``moments``      their sums over a text: count, mean, second moments                   2
 ``calibration``  the run that streams those sums through a model                       2
+``attended``     sums in which tokens count as often as they are read                  4
 ``distributed``  the same by several processes, each with its share of the text
 ``rope``         the rotation, and what it does to second moments                      3
 ``bases``        what to keep of a group of heads, one method a file                   4
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 _MODULES = (
     "activations",
     "bases",
+    "attended",
     "calibration",
     "checks",
     "cli",

@@ -7,15 +7,19 @@ is the variance of its score errors under the row itself, and what that needs of
 
 Of the values only what attention hands on, a V, reaches W_O.
 
-Keys that are turned within blocks only (`kvteach.models.llama`) are met by another query in each block, so a row has a
-mean for each block that it reads. With a_i the part of the row in block i, each query counted by what it reads there:
+Keys that are turned within blocks only (`kvteach.models.llama`) are met by another query in each block, q_i =
+q R_{−im}. The queries of two blocks are taken as unrelated, so of the square of the mean only its parts within a block
+are left. With a_i the part of the row in block i, and each query counted by what it reads there:
 
-    keys      Σ_i K_iᵀ (diag(a_i) − a_iᵀ a_i) K_i          queries      Σ_i (Σ a_i) q_iᵀ q_i          q_i = q R_{−im}
+    keys      Σ_i K_iᵀ (diag(a_i) − a_iᵀ a_i) K_i          queries      Σ_i (Σ a_i) q_iᵀ q_i
+
+(a_i is no softmax row of its own: its sum is the share that the block has. To divide by it loses more.)
 
 All functions sum over rows and over the heads that are handed in. With h heads and l tokens, d numbers a token:
 softmax weights are [h, l, l], rows of keys and values [l, d]. Sums are float64.
 """
 
+import torch
 from torch import Tensor
 
 from .rope import rotation
@@ -24,7 +28,8 @@ from .rope import rotation
 def spread(keys: Tensor, weights: Tensor) -> Tensor:
     """Σ Cov_a(k): [d, d]."""
     keys = keys - keys.mean(0)  # invisible to a covariance; left in, it would eat digits
-    found = _weighted(keys, weights)
+    rows = keys.double()
+    found = rows.T @ (weights.sum((0, 1), dtype=rows.dtype)[:, None] * rows)
     for head in weights:  # [h, l, d] would be large
         read = (head.to(keys.dtype) @ keys).double()
         found -= read.T @ read
@@ -32,7 +37,7 @@ def spread(keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def spread_in_blocks(keys: Tensor, weights: Tensor, block: int) -> Tensor:
-    """The same, with a mean for each block: [d, d]. `keys` are turned within their block."""
+    """The same in blocks: [d, d]. `keys` are turned within their block."""
     found = 0
     for start in range(0, len(keys), block):
         inside = keys[start : start + block].double()  # [m, d]
@@ -57,13 +62,14 @@ def queries_in_blocks(queries: Tensor, weights: Tensor, block: int, frequencies:
     queries, found = queries.double(), 0
     for start in range(0, queries.shape[1], block):
         later = queries[:, start:]
-        share = weights[:, start:, start : start + block].sum(-1, True)  # [h, later tokens, 1]
+        share = weights[:, start:, start : start + block].sum(
+            -1, True, dtype=torch.float64
+        )  # [h, later tokens, 1]
         turn = rotation(-start, frequencies).to(queries.device)  # the sum is turned, not each query
         found = found + turn.T @ ((share * later).mT @ later) @ turn
     return found
 
 
-def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """Σ_m (Σ a_m) x_mᵀ x_m: [d, d]."""
-    rows = rows.double()
-    return rows.T @ (weights.sum((0, 1), dtype=rows.dtype)[:, None] * rows)
+def wide(x: Tensor) -> Tensor:
+    """[heads, tokens, d_h] -> [tokens, heads * d_h], in float32 at least."""
+    return x.transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .activations import Activations, attention_modules, observe, quiet, read
-from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks
+from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks, wide
 from .bases import reads
 from .env import bars_off
 from .moments import ATTENDED, BLOCK, IN_BLOCKS, PLAIN, Moments, Source
@@ -40,8 +40,9 @@ def calibrate(
 
     Raises
     ------
-    ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, or a
-        file at `path` that belongs to another model, text, batch size or choice of `attention`.
+    ValueError : NaN or infinity in an activation (layer, batch and kind are named), windows of a wrong shape, a file
+        at `path` that belongs to another model, text, batch size or choice of `attention`, or ``blockwise`` for a RoPE
+        whose turns are not fixed.
     """
     ids = token_ids(windows)
     asked = run(ids, batch)
@@ -187,8 +188,3 @@ def _attended_sums(
         sums["keys_in_blocks"] = spread_in_blocks(wide(keys), weights, BLOCK) / heads
         sums["queries_in_blocks"] = queries_in_blocks(queries, weights, BLOCK, turns)
     return sums
-
-
-def wide(x: Tensor) -> Tensor:
-    """[heads, tokens, d_h] -> [tokens, heads * d_h], in float32 at least."""
-    return x.transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))

@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         "--reach",
         type=int,
         metavar="N",
-        help="all at once, for keys turned by their positions: how many to serve (default: turn them within blocks)",
+        help="all at once, for keys turned by their positions: how many to serve (default: 2048 with a --basis of "
+        "such keys, else turn them within blocks)",
     )
     made.add_argument("--basis", help="a name of kvteach.bases (default: the best that fits)")
     made.add_argument(

@@ -191,7 +191,9 @@ def bench(asked) -> tuple[dict, int]:
 
     throughput.check(asked.context, asked.batch)
     config = zoo.config(asked.model)
-    plans = {f"{heads} heads": Plan(kv_heads=heads) for heads in asked.kv_heads}
+    plans, source = [Plan(kv_heads=heads) for heads in asked.kv_heads], sizes.source_of(config)
+    blocks = ", blocks" if any(plan.block(source) for plan in plans) else ""
+    plans = {f"{plan.kv_heads} heads{blocks}": plan for plan in plans}
     _print_sizes(asked, config, *(sizes.planned(config, plan) for plan in plans.values()))
     model, _ = _load(asked, asked.model)
     models = {"model": model} | {name: throughput.shaped(model, plan) for name, plan in plans.items()}

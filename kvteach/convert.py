@@ -68,9 +68,16 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True, folder=
         )
     groups, key_rank, value_rank = plan.layout(source)
     reach = plan.positions(source, positions(model), moments.reach)
+    if plan.block(source) or (reach is not None and reach > moments.reach):
+        try:
+            turns = from_config(model.config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Take Plan(basis='attention-weighted', reach=N) and calibrate on windows of N tokens"
+            ) from error
     if reach is not None and reach > moments.reach:
         # every text has a beginning, so its first positions count as much as the rest
-        moments = moments + placed(moments, from_config(model.config), reach - moments.reach + 1)
+        moments = moments + placed(moments, turns, reach - moments.reach + 1)
     layers = range(source.layers)
     grouped = [
         by_order(source.kv_heads, groups)

@@ -101,7 +101,7 @@ class Meter:
 
     Raises
     ------
-    ValueError : a number below 1.
+    ValueError : a number below 1, a block that does not divide 256.
     """
 
     def __init__(
@@ -120,6 +120,8 @@ class Meter:
         self.device = torch.device(device or env.device())
         if megabytes is None:
             megabytes = 512 if self.device.type == "cuda" else 128
+        if odd := [block for *_, block in attend if block and (block < 0 or 256 % block)]:
+            raise ValueError(f"block is {odd[0]}; it should be 0, or divide 256")
         lowest = {"megabytes": megabytes, "attend": min(min(key[:2]) for key in attend), "rows": min(rows)}
         for name, value in lowest.items():
             if value < 1:
@@ -193,7 +195,7 @@ def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
         tokens = 256 if small else 8192
         heads = max(count // (2 * tokens * width), 1)
         keys, values = flat[: 2 * heads * tokens * width].view(2, 1, heads, tokens, width)
-        query = torch.randn(1, heads, -(-tokens // block) if block else 1, t, width, **made)
+        query = torch.randn(1, heads, tokens // block if block else 1, t, width, **made)
         if block:
             way = lambda query=query, keys=keys, values=values: _in_blocks(query, keys, values)  # noqa: E731
         else:

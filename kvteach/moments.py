@@ -277,9 +277,9 @@ class Moments:
     def all_reduce(self) -> "Moments":
         """The sum over all processes of the default `torch.distributed` group; every process gets it.
 
-        Works over gloo (CPU) and nccl (GPU). A process without a share brings ``kvteach.calibration.empty(model)``
-        and gets the weights of one that has them. Raises RuntimeError when no group was started, ValueError (in every
-        process) when they hold moments of different models or kinds.
+        Works over gloo (CPU) and nccl (GPU). A process without a share brings `kvteach.calibration.empty` of the same
+        choice and gets the weights of one that has them. Raises RuntimeError when no group was started, ValueError (in
+        every process) when they hold moments of different models or kinds.
         """
         import torch.distributed as dist
 

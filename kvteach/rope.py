@@ -48,9 +48,8 @@ def from_config(config) -> Tensor:
         raise ValueError(f"a {config.model_type} model has no RoPE, so it has no frequencies")
     if not has_fixed_turns(config):
         raise ValueError(
-            f"rope_type is {config.rope_parameters['rope_type']!r}, not one of {', '.join(FIXED)}: its turns change "
-            "with the text, so that keys can be neither turned within blocks nor moved to other positions. Take "
-            "another basis, such as attention-weighted, and calibrate on windows as long as the texts to be served"
+            f"rope_type is {config.rope_parameters['rope_type']!r}; no one list of frequencies describes its turns. It "
+            f"must be one of {', '.join(FIXED)}: keys can be neither turned within blocks nor moved to later positions"
         )
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -16,9 +16,6 @@ compressed model. In each layer:
 
 4. Both streams go on through the rest of the layer.
 
-A basis for keys at every position must hold each pair of numbers turned by every angle. Within a block the slow pairs
-hardly turn, so that fewer directions are enough, and positions that no calibration window has reached are no others.
-
 One pass over the layers, no gradients. Held are the two streams (windows · tokens · hidden numbers each), one window's
 attention, and for one layer 2 · h matrices of (t · d_h)², for groups of t heads, and one of (h · r_v)², in float64.
 """
@@ -35,10 +32,9 @@ from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .activations import Activations, Attention, attention_modules, observe, quiet, read
-from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks
+from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks, wide
 from .bases import Basis, Projection
 from .bases.shared import shared_encoder
-from .calibration import wide
 from .convert import build, fill, readers_of
 from .env import bars_off
 from .evaluate import checked_ids
@@ -122,9 +118,10 @@ def _queries(found: Activations, block: int | None, turns: Tensor | None) -> Ten
 
 def _grams(found: Activations, group: list[int], reading: list[int], block: int | None, turns) -> Tensor:
     """G_j of keys and of values for each query head that reads the group: [readers, 2, t · d_h, t · d_h]."""
-    keys, values = wide(found.keys_post[0, group]), wide(found.values[0, group])  # [tokens, t · d_h]
+    keys, values = found.keys_post[0, group], wide(found.values[0, group])  # [tokens, t · d_h]
     if block is not None:
-        keys = wide(rotate(found.keys_pre[0, group], torch.arange(len(keys)) % block, turns))
+        keys = rotate(found.keys_pre[0, group], torch.arange(len(values)) % block, turns)
+    keys = wide(keys)
     pairs = []
     for weights in found.attention[0, reading].unsqueeze(1):  # [1, tokens, tokens]
         spread_keys = spread(keys, weights) if block is None else spread_in_blocks(keys, weights, block)

@@ -229,6 +229,7 @@ class _Point:
             "cache": self.cache,
             "filled": "prefill" if self.by_text(shape) else "random",
             "attention": f"{implementation}, heads folded" if folded else implementation,
+            "key_block": shape.key_block,
             "dtype": str(model.dtype).removeprefix("torch."),
             "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         }
@@ -237,7 +238,8 @@ class _Point:
         machine, size = self.meter.machine(), model.dtype.itemsize
         where = cost.Shape.from_config(model.config), self.context, self.batch, size
         parts = roofline.seconds(machine, *where, grows=self.cache == "dynamic")
-        bound = roofline.seconds(replace(machine, attend={}, product={}, launch=0), *where)
+        plain = replace(where[0], key_block=None)  # reading is the bound, whatever a block costs
+        bound = roofline.seconds(replace(machine, attend={}, product={}, launch=0), plain, *where[1:])
         return {
             "predicted": self.batch / sum(parts.values()),
             "predicted_seconds": parts,

@@ -6,8 +6,7 @@ import torch
 from lively import original
 
 from kvteach.activations import record
-from kvteach.attended import handed_on, queries_in_blocks, spread, spread_in_blocks
-from kvteach.calibration import wide
+from kvteach.attended import handed_on, queries_in_blocks, spread, spread_in_blocks, wide
 from kvteach.rope import from_config, rotate
 
 NAME, TOKENS = "llama-gqa", 24

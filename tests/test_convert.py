@@ -308,8 +308,9 @@ def test_turns_that_change_with_the_text_cannot_be_moved():
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny._make(LlamaForCausalLM, config)
     seen = calibrate(model, tiny.ids(3, 20), attention=True, progress=False)
-    with pytest.raises(ValueError, match=r"'dynamic'.* calibrate on windows as long as"):
-        compress(model, seen, Plan(kv_heads=1, reach=90), progress=False)
+    for plan in (Plan(kv_heads=1, reach=90), Plan(kv_heads=1)):
+        with pytest.raises(ValueError, match=r"'dynamic'.* reach=N\) and calibrate on windows of N tokens"):
+            compress(model, seen, plan, progress=False)
     compress(model, seen, Plan(kv_heads=1, reach=20), progress=False)
     with pytest.raises(ValueError, match="rope_type is 'dynamic'"):
         calibrate(model, tiny.ids(3, 20), attention="blockwise", progress=False)

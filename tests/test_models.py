@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import lively
 import pytest
@@ -42,8 +43,9 @@ ROOT = Path(kvteach.__file__).parents[1]
 
 
 def small(name: str, form: str):
-    """The compressed model of a shared original."""
-    return compress(original(name), moments(name), Plan(**FORMS[form]), progress=False)
+    """The compressed model of a shared original; blocks are so short that a text has several."""
+    with mock.patch.object(kvteach.plan, "BLOCK", 4):
+        return compress(original(name), moments(name), Plan(**FORMS[form]), progress=False)
 
 
 def small_float32(name: str, form: str):

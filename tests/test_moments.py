@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -14,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvteach import calibration, sequential
 from kvteach.activations import attention_modules, record
 from kvteach.bases import ATTENDED as ATTENDING
 from kvteach.bases import METHODS, reads
 from kvteach.calibration import calibrate
 from kvteach.moments import ATTENDED, IN_BLOCKS, PLAIN, WEIGHTS, Moments, Source
+from kvteach.rope import from_config, rotate
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -87,6 +90,37 @@ def test_attended_moments_by_their_definition(model):
             read += (row @ values[b]).outer(row @ values[b]) / heads
         assert torch.allclose(moments.gram["keys_attended"][layer], spread, atol=1e-7)
         assert torch.allclose(moments.gram["values_attended"][layer], read, atol=1e-7)
+
+
+def test_moments_in_blocks_by_their_definition(monkeypatch):
+    """One row and block at a time; those that sequential conversion sums for each query head add up to them."""
+    block = 4
+    monkeypatch.setattr(calibration, "BLOCK", block)
+    model, ids = tiny.MODELS["llama-gqa"](), tiny.ids(2, 11)
+    turns, moments = from_config(model.config), calibrate(model, ids, attention=True, progress=False)
+    place = torch.arange(11) % block
+    for layer, seen in enumerate(record(model, ids, attention=True)):
+        keys = rotate(seen.keys_pre, place, turns).transpose(1, 2).flatten(2)  # [batch, tokens, width]
+        spread, met = (torch.zeros_like(moments.gram[kind][layer]) for kind in IN_BLOCKS)
+        heads = seen.attention.shape[1]
+        for b, j, q, start in torch.cartesian_prod(
+            *map(torch.arange, (2, heads, 11)), torch.arange(0, 11, block)
+        ):
+            row = seen.attention[b, j, q, start : start + block]
+            inside = keys[b, start : start + block]
+            spread += (inside.T @ (row[:, None] * inside) - (row @ inside).outer(row @ inside)) / heads
+            query = rotate(seen.queries_pre[b, j, q][None], q - start, turns)[0]
+            met[j] += row.sum() * query.outer(query)
+        torch.testing.assert_close(moments.gram["keys_in_blocks"][layer], spread, rtol=0, atol=1e-6)
+        torch.testing.assert_close(moments.gram["queries_in_blocks"][layer], met, rtol=0, atol=1e-6)
+        rows = [replace(seen, **{name: x[b : b + 1] for name, x in vars(seen).items()}) for b in (0, 1)]
+        apart = sum(sequential._grams(row, [0, 1], list(range(heads)), block, turns) for row in rows)
+        torch.testing.assert_close(apart[:, 0].sum(0) / heads, spread, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            sum(sequential._queries(row, block, turns) for row in rows), met, rtol=0, atol=1e-6
+        )
+        plain = sum(sequential._queries(row, None, None) for row in rows)
+        torch.testing.assert_close(plain, moments.gram["queries_post"][layer])
 
 
 def test_moments_for_one_basis_are_all_that_it_reads(model):

@@ -151,6 +151,7 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: machine.measure("cpu", rows=(0,)), "rows is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", megabytes=0), "megabytes is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", attend=[(0, 64, 0)]), "attend is 0; it should be 1 or more"),
+        (lambda: machine.measure("cpu", attend=[(1, 64, 48)]), "block is 48; it should be 0, or divide 256"),
     ],
 )
 def test_refusals(call, words):

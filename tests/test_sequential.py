@@ -185,7 +185,7 @@ def test_the_config_says_how_it_was_made(name, block):
 def test_turns_that_change_with_the_text_are_refused():
     model = tiny.MODELS["llama-gqa"]()
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ValueError, match=r"rope_type is 'dynamic'.* Take another basis"):
+    with pytest.raises(ValueError, match="rope_type is 'dynamic'"):
         sequential.compress(model, WINDOWS, Plan(kv_heads=1), progress=False)
 
 

@@ -12,9 +12,9 @@ apart from their own softmax rows.
 
 In blocks ("blockwise"): a basis for keys at every position must hold each pair of numbers turned by every angle. RoPE
 may also turn a key by its place in a block of m tokens only, and leave the rest to its readers
-(`kvteach.models.llama`). Within a block the slow pairs hardly turn, so fewer directions hold the keys, and a token
-further on than any calibration window has reached is no other. G is then a sum over blocks, and a query counts in the
-frame of each block, as often as it reads there (`kvteach.attended`).
+(`kvteach.models.llama`). Within a block the slow pairs hardly turn, so fewer directions hold the keys, and later
+blocks hold keys like those of the first. G is then a sum over blocks, and a query counts in the frame of each block, as
+often as it reads there (`kvteach.attended`).
 """
 
 from collections.abc import Sequence
@@ -41,15 +41,15 @@ def attention_weighted(
     in_blocks : of keys that are turned within blocks; makes no difference to a model without RoPE.
 
     `error` for keys: the variance of a score's error (before the scale 1/√d_h) under a softmax row, averaged over rows,
-    summed over query heads; in blocks, that within each block, summed. For values: the squared error in the output, per
-    token, summed over query heads.
+    summed over query heads; in blocks, without what two blocks have in common. For values: the squared error in the
+    output, per token, summed over query heads.
 
     ValueError as for `kvteach.bases.basis.check_group`, for `centred`, and for moments without attention.
     """
     heads = check_group(moments, heads, key_rank=key_rank, value_rank=value_rank)
     if centred:
         raise ValueError(
-            "attention-weighted keys are centred by themselves and its values have no mean: centred must be False"
+            "attention takes the mean off the keys, and what it hands on has none: centred must be False"
         )
     blocks = in_blocks and moments.source.rotates
     kinds = ("keys_in_blocks", "queries_in_blocks") if blocks else ("keys_attended", "queries_post")

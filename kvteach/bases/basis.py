@@ -93,7 +93,7 @@ def readers(moments: Moments, kind: str, layer: int, heads: list[int]) -> Tensor
 
     Parameters
     ----------
-    kind : ``queries_post`` (they read keys) or ``outputs_weight`` (they read values).
+    kind : ``queries_post`` or ``queries_in_blocks`` (they read keys), or ``outputs_weight`` (they read values).
 
     Returns
     -------

@@ -130,7 +130,7 @@ class _SmallCache:
         if self.block:
             past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
             slots = past + torch.arange(shape[1], device=query.device)  # `past` of a static cache is a tensor
-            key = self.begun(self.turned(key, slots), slots - slots % self.block, back=True)
+            key = self.turned(key, slots, slots - slots % self.block)
         else:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
@@ -175,21 +175,32 @@ class _SmallCache:
             weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
         return self.o_proj(output.reshape(*shape, -1)), weights
 
-    def turned(self, x: Tensor, slots: Tensor) -> Tensor:
-        """x R_s: x [batch, heads, slots, d_h]."""
-        cos, sin = self.rotary(x, slots[None])  # [1, slots, d_h]
-        return x * cos + rotate_half(x) * sin
+    def angles(self, x: Tensor, positions: Tensor, unit: bool = False) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for tensors like x, in float32 at least: [1, positions, d_h] both.
 
-    def begun(self, x: Tensor, starts: Tensor, back: bool = False) -> Tensor:
-        """x R_im, or x R_imᵀ, for the starts im of blocks: x [batch, heads, starts or 1, d_h].
-
-        Angles are float32 in transformers, so R_s R_imᵀ is not quite its R_{s−im}: to be exact both are needed. And as
-        cosine and sine are rounded too, they are scaled to a rotation, whose inverse is its transpose.
+        transformers rounds them, so they are not quite a rotation. With `unit` they are: its inverse is its transpose.
         """
-        cos, sin = self.rotary(x, starts[None])  # [1, starts, d_h]
+        like = x[:0].to(torch.promote_types(x.dtype, torch.float32))
+        cos, sin = self.rotary(like, positions[None])
+        if not unit:
+            return cos, sin
         size = torch.hypot(cos, sin)
-        sin = -sin if back else sin
-        return x * (cos / size) + rotate_half(x) * (sin / size)
+        return cos / size, sin / size
+
+    def turned(self, x: Tensor, slots: Tensor, starts: Tensor | None = None) -> Tensor:
+        """x R_s R_imᵀ: turned to slots s, and back by the starts im of blocks, where there are any.
+
+        The angles of R_{s−im} are rounded in another way than those of s and im, so it would not be the same.
+
+        Parameters
+        ----------
+        x : [batch, heads, n, d_h]. slots, starts : [n], or [1] for the same of all.
+        """
+        wide = _turn(x, *self.angles(x, slots))
+        if starts is not None:
+            cos, sin = self.angles(x, starts, unit=True)
+            wide = _turn(wide, cos, -sin)
+        return wide.to(x.dtype)  # two turns, rounded once
 
     def rebuilt(self, latent: Tensor, slots: Tensor) -> Tensor:
         """The keys that each query head reads, after RoPE: [batch, g, cached, r_k] -> [batch, h, cached, d_h]."""
@@ -198,7 +209,8 @@ class _SmallCache:
         stored = first + torch.arange(cached, device=latent.device)
         maps = self.q_map.unflatten(0, (self.groups, -1))  # [g, h/g, d_h, r_k]
         keys = torch.einsum("bglr,gjdr->bgjld", latent, maps).flatten(1, 2)
-        return self.begun(keys, stored - stored % self.block)
+        starts = stored - stored % self.block
+        return _turn(keys, *self.angles(keys, starts, unit=True)).to(keys.dtype)
 
     def decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
         """One token reads the blocks where they lie: output [batch, h, r_v] and weights [batch, h, 1, cached].
@@ -209,8 +221,7 @@ class _SmallCache:
         """
         cached = latent.shape[2]
         starts = torch.arange(0, cached, self.block, device=latent.device)
-        query = self.turned(query * self.scaling, slots)
-        query = self.begun(query, starts, back=True)  # [batch, h, blocks, d_h]
+        query = self.turned(query * self.scaling, slots, starts)  # [batch, h, blocks, d_h]
         query = torch.einsum("bhnd,hdr->bnhr", query, self.q_map).unflatten(2, (self.groups, -1))
         query = query.transpose(1, 2).contiguous()  # [batch, g, blocks, h/g, r_k]
         whole = cached // self.block
@@ -229,12 +240,17 @@ class _SmallCache:
         return (weights @ value).flatten(1, 2), weights.flatten(1, 2).unsqueeze(2)
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE with these angles, in the wider dtype of the two."""
+    return x * cos + rotate_half(x) * sin
+
+
 def _products(read: Tensor, query: Tensor) -> Tensor:
     """[batch, g, blocks, m, r] · [batch, g, blocks, r, h/g].
 
-    A product of many matrices copies them first, unless they follow one another in memory. Where the cache does not end
-    with a block, those of one sequence do, but not those of all. On a CPU one product for each sequence is then several
-    times faster; a GPU would wait for so many small ones.
+    A product of many matrices copies them first, unless all follow one another in memory. Where the cache does not end
+    with a block, only those of one cached head do. On a CPU a product for each of these heads is several times faster
+    than the copy; a GPU would wait for so many small ones, and copies the keys.
     """
     if read.is_contiguous() or read.device.type != "cpu":
         return read @ query
@@ -272,7 +288,8 @@ class _SmallCacheBody:
     def forward(self, input_ids=None, past_key_values=None, inputs_embeds=None, **kwargs):
         """As transformers' own."""
         places = kwargs.get("position_ids")
-        if self.config.key_block and places is not None and not torch.compiler.is_compiling():
+        several = places is not None and places.shape[-1] > 1
+        if self.config.key_block and several and not torch.compiler.is_compiling():
             if (places.diff(dim=-1) > 1).any():
                 raise ValueError(
                     "position_ids jump; this small cache counts its slots, so they must rise by one from token to token"
