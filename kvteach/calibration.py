@@ -32,8 +32,8 @@ def calibrate(
     model : a LLaMA- or BLOOM-family model. Its language-model head is not run.
     windows : `kvteach.text.Windows`, or token ids [windows, tokens] without padding.
     batch : windows per forward pass.
-    attention : also sum the attention-weighted kinds, in about twice the time: all of them, or those that one basis
-        reads, by its name.
+    attention : also sum the attention-weighted kinds, in about twice the time. The name of a basis: sum only what that
+        one reads.
     path : a file that the moments are kept in while they grow. A run that was stopped goes on from its last saved
         batch, with the same result to the last bit; a finished one is read. By default nothing is kept.
     progress : show a bar.
@@ -47,7 +47,7 @@ def calibrate(
     ids = token_ids(windows)
     asked = run(ids, batch)
     moments, done = empty(model, attention), 0
-    attended = len(moments.gram) > len(PLAIN)
+    attended = not moments.gram.keys().isdisjoint(ATTENDED + IN_BLOCKS)
     fresh = Moments.zeros(moments.source, tuple(moments.gram))
     if path is not None and Path(path).expanduser().exists():
         moments, done = _resume(path, moments, asked)
@@ -78,12 +78,9 @@ def empty(model, attention: bool | str = False) -> Moments:
     """The moments of no tokens, of the kinds that `calibrate` sums."""
     source = Source.of(model)
     if isinstance(attention, str):
-        kinds = reads(attention, source.rotates)
-    else:
-        kinds = ATTENDED if attention else ()
-        if attention and source.rotates and has_fixed_turns(model.config):
-            kinds += IN_BLOCKS
-    return Moments.zeros(source, PLAIN + kinds)
+        return Moments.zeros(source, reads(attention, source.rotates))
+    in_blocks = IN_BLOCKS if source.rotates and has_fixed_turns(model.config) else ()
+    return Moments.zeros(source, PLAIN + (ATTENDED + in_blocks if attention else ()))
 
 
 def token_ids(windows) -> Tensor:
@@ -158,7 +155,7 @@ def _layer_sums(
 ) -> dict[str, tuple[Tensor | None, Tensor]]:
     """kind -> (total, gram) of one layer and batch, float64."""
     sums = {}
-    for kind in PLAIN:
+    for kind in (kind for kind in PLAIN if kind in kinds):
         x = getattr(activations, kind).double()  # [batch, heads, tokens, d_h]
         if kind.startswith("queries"):
             rows = x.transpose(0, 1).flatten(1, 2)  # [heads, batch * tokens, d_h]

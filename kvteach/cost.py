@@ -256,14 +256,14 @@ def intensity(shape: Shape, cached: int, batch: int = 1, **widths: float) -> flo
     return work / sum(decode_bytes(shape, cached, batch, **widths).values())
 
 
-def moments_bytes(shape: Shape, attended: Sequence[str] = ()) -> dict[str, int]:
+def moments_bytes(shape: Shape, kinds: Sequence[str]) -> dict[str, int]:
     """Bytes of `kvteach.moments.Moments`, float64, of all layers: they do not depend on the number of tokens.
 
     Gram matrices are [d, d] with d = kv_heads · head_dim, those of queries [query_heads, head_dim, head_dim].
 
     Parameters
     ----------
-    attended : the attention-weighted kinds that are summed too, as `kvteach.bases.reads` names those of a basis.
+    kinds : what is summed, as `kvteach.bases.reads` names it for a basis.
 
     Returns
     -------
@@ -272,20 +272,19 @@ def moments_bytes(shape: Shape, attended: Sequence[str] = ()) -> dict[str, int]:
     """
     kv, apart = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim**2
     width = shape.query_heads * shape.head_dim
-    # keys before and after RoPE, values: gram and total; queries before and after
-    sums = 3 * (kv**2 + kv) + 2 * (apart + width)
-    sums += sum(apart if kind.startswith("queries") else kv**2 for kind in attended)
+    sums = 0
+    for kind in kinds:
+        gram, total = (apart, width) if kind.startswith("queries") else (kv**2, kv)
+        sums += gram if kind.endswith(("attended", "in_blocks")) else gram + total
     return {"sums": 8 * shape.layers * sums, "weights": 8 * shape.layers * (2 * kv**2 + apart)}
 
 
-def calibration_flops(
-    shape: Shape, tokens: int, attended: Sequence[str] = (), block: int = 64
-) -> dict[str, int]:
+def calibration_flops(shape: Shape, tokens: int, kinds: Sequence[str], block: int = 64) -> dict[str, int]:
     """FLOPs of calibrating on one window of `tokens` tokens, by the width of number they are done in.
 
     Parameters
     ----------
-    attended : the attention-weighted kinds that are summed too, `kvteach.attended`.
+    kinds : what is summed, as for `moments_bytes`.
     block : tokens of a block, for the kinds in blocks.
 
     Returns
@@ -297,7 +296,9 @@ def calibration_flops(
     apart = heads * shape.head_dim**2
     tokens = _whole(tokens, "tokens", 1)
     parts = [(tokens - start, min(block, tokens - start)) for start in range(0, tokens, block)]
-    each = {  # for each query head what it reads, [tokens, kv], and its gram; and one gram of all keys
+    each = dict.fromkeys(("keys_pre", "keys_post", "values"), tokens * kv**2)
+    each |= dict.fromkeys(("queries_pre", "queries_post"), tokens * apart)
+    each |= {  # for each query head what it reads, [tokens, kv], and its gram; and one gram of all keys
         "keys_attended": tokens * (heads + 1) * kv**2,
         "values_attended": tokens * heads * kv**2,
         # from later tokens to a block: grams of softmax weights [block, block], then K_iᵀ (…) K_i
@@ -305,12 +306,11 @@ def calibration_flops(
         # grams of later queries, and two turns of their sum
         "queries_in_blocks": sum(later * apart + 2 * apart * shape.head_dim for later, _ in parts),
     }
-    grams = tokens * (3 * kv**2 + 2 * apart) + sum(each[kind] for kind in attended)
-    reading = len({"keys_attended", "values_attended"} & set(attended))
+    reading = len({"keys_attended", "values_attended"} & set(kinds))
     return {
         "forward": sum(flops(shape, new=tokens, logits=0).values()),
         "attended": shape.layers * heads * reading * 2 * tokens**2 * kv,
-        "grams": shape.layers * 2 * grams,
+        "grams": shape.layers * 2 * sum(each[kind] for kind in kinds),
     }
 
 

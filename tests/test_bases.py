@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvteach import bases
 from kvteach.activations import record
-from kvteach.bases import ATTENDED, METHODS, basis, method, optimal, pairs, procrustes
+from kvteach.bases import METHODS, basis, method, optimal, pairs, procrustes
 from kvteach.calibration import calibrate
 from kvteach.moments import Moments
 
@@ -597,16 +597,3 @@ def test_docstrings():
         result = doctest.testmod(module)
         assert result.attempted
         assert not result.failed
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_list_of_bases_that_read_attention_is_true(name):
-    moments = calibrated("llama-gqa")[0]
-    gram = {kind: tensor for kind, tensor in moments.gram.items() if not kind.endswith("attended")}
-    plain = Moments(moments.source, moments.count, moments.total, gram, moments.weight)
-    rank = moments.source.head_dim
-    if name in ATTENDED:
-        with pytest.raises(ValueError, match="attention=True"):
-            method(name)(plain, LAYER, [0, 1], rank, rank)
-    else:
-        method(name)(plain, LAYER, [0, 1], rank, rank)

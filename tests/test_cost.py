@@ -94,23 +94,23 @@ def test_flops_are_what_pytorch_counts(model, new, cached):
     assert counter.get_total_flops() - ours in ((0,) if model.config.model_type == "bloom" else (0, angles))
 
 
-@pytest.mark.parametrize("attention", [False, True, "blockwise", "attention-weighted"])
+@pytest.mark.parametrize("attention", [False, True, "blockwise", "score-weighted"])
 def test_moments_and_their_flops_are_what_calibration_has(model, attention):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from kvteach.activations import record
     from kvteach.calibration import _layer_sums, calibrate
-    from kvteach.moments import BLOCK, PLAIN
+    from kvteach.moments import BLOCK
     from kvteach.rope import from_config
 
     length = BLOCK + 6  # a block, and a part of one
     shape, tokens = Shape.from_config(model.config), torch.ones(1, length, dtype=torch.long)
     moments = calibrate(model, tokens, attention=attention, progress=False)
-    kinds = [kind for kind in moments.gram if kind not in PLAIN]
+    kinds = set(moments.gram)
     held = [sum(x.nbytes for x in part.values()) for part in (moments.gram, moments.total, moments.weight)]
     assert cost.moments_bytes(shape, kinds) == {"sums": held[0] + held[1], "weights": held[2]}
-    layers = record(model, tokens, attention=bool(attention))
+    layers = record(model, tokens, attention=attention in (True, "blockwise"))
     turns = from_config(model.config) if "keys_in_blocks" in kinds else None
     with FlopCounterMode(display=False) as counter:
         for activations in layers:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from kvteach import calibration, sequential
 from kvteach.activations import attention_modules, record
-from kvteach.bases import ATTENDED as ATTENDING
 from kvteach.bases import METHODS, reads
 from kvteach.calibration import calibrate
 from kvteach.moments import ATTENDED, IN_BLOCKS, PLAIN, WEIGHTS, Moments, Source
@@ -124,18 +123,23 @@ def test_moments_in_blocks_by_their_definition(monkeypatch):
 
 
 def test_moments_for_one_basis_are_all_that_it_reads(model):
-    """Sums of those kinds and no others, and a basis made of them is the same."""
+    """Sums of those kinds and no others; the same basis comes of them, and of fewer none."""
     ids, rotates = tiny.ids(2, 7), model.config.model_type != "bloom"
     for name in METHODS:
         if name.startswith("commuting") and not rotates:
             continue
         few = calibrate(model, ids, attention=name, progress=False)
-        everything = calibrate(model, ids, attention=name in ATTENDING, progress=False)
-        assert set(few.gram) == {*PLAIN, *reads(name, rotates)}
+        weighted = any(kind.endswith(("attended", "in_blocks")) for kind in few.gram)
+        everything = calibrate(model, ids, attention=weighted, progress=False)
+        assert set(few.gram) == set(reads(name, rotates))
         assert all(torch.equal(few.gram[kind], everything.gram[kind]) for kind in few.gram)
-        rank = few.source.head_dim
-        made = [METHODS[name](m, 0, list(range(few.source.kv_heads)), rank, rank) for m in (few, everything)]
+        find, heads, rank = METHODS[name], list(range(few.source.kv_heads)), few.source.head_dim
+        made = [find(m, 0, heads, rank, rank) for m in (few, everything)]
         assert torch.equal(made[0].keys.encode, made[1].keys.encode)
+        for kind in few.gram:
+            rest = {other: gram for other, gram in few.gram.items() if other != kind}
+            with pytest.raises(ValueError, match=f"no moments of '{kind}'.*calibrate with attention=True"):
+                find(Moments(few.source, few.count, few.total, rest, few.weight), 0, heads, rank, rank)
     with pytest.raises(LookupError, match="no basis 'svd'"):
         calibrate(model, ids, attention="svd", progress=False)
 

@@ -36,8 +36,6 @@ tensor([[3., 0.],
 from collections.abc import Callable
 from functools import partial
 
-from ..moments import ATTENDED as KINDS
-from ..moments import IN_BLOCKS
 from . import (
     activation_svd,
     attention_weighted,
@@ -62,16 +60,26 @@ METHODS: dict[str, Callable[..., Basis]] = {
     "commuting-stock": partial(commuting.commuting, attended=True, stock=True),
 }
 
-# Those that read moments which only calibrate(attention=...) sums.
-ATTENDED = ("attention-weighted", "blockwise", "commuting-attended", "commuting-stock")
+_ENERGY, _SCORES = ("keys_post", "values"), ("keys_post", "values", "queries_post")
+_ATTENDED = ("keys_attended", "values_attended", "queries_post")
+_READS = {
+    "mean-pool": _ENERGY,
+    "procrustes": _ENERGY,
+    "weight-svd": (),
+    "activation-svd": _ENERGY,
+    "score-weighted": _SCORES,
+    "attention-weighted": _ATTENDED,
+    "blockwise": ("keys_in_blocks", "values_attended", "queries_in_blocks"),
+    "commuting": _SCORES,
+    "commuting-attended": _ATTENDED,
+    "commuting-stock": _ATTENDED,
+}
 
 
 def reads(name: str, rotates: bool) -> tuple[str, ...]:
-    """The attention-weighted kinds of moments that a basis needs of a model, with RoPE or without."""
+    """The kinds of moments that a basis needs of a model, with RoPE or without; LookupError for no basis."""
     method(name)
-    if name == "blockwise" and rotates:
-        return ("values_attended", *IN_BLOCKS)
-    return KINDS if name in ATTENDED else ()
+    return _READS["attention-weighted" if name == "blockwise" and not rotates else name]
 
 
 def method(name: str) -> Callable[..., Basis]:
@@ -81,4 +89,4 @@ def method(name: str) -> Callable[..., Basis]:
     return METHODS[name]
 
 
-__all__ = ["ATTENDED", "METHODS", "Basis", "Projection", "method", "reads"]
+__all__ = ["METHODS", "Basis", "Projection", "method", "reads"]
