@@ -67,17 +67,7 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True, folder=
             "these moments belong to another model (its shape, its weights or its dtype): calibrate this one"
         )
     groups, key_rank, value_rank = plan.layout(source)
-    reach = plan.positions(source, positions(model), moments.reach)
-    if plan.block(source) or (reach is not None and reach > moments.reach):
-        try:
-            turns = from_config(model.config)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. Take Plan(basis='attention-weighted', reach=N) and calibrate on windows of N tokens"
-            ) from error
-    if reach is not None and reach > moments.reach:
-        # every text has a beginning, so its first positions count as much as the rest
-        moments = moments + placed(moments, turns, reach - moments.reach + 1)
+    moments, reach = _served(model, moments, plan)
     layers = range(source.layers)
     grouped = [
         by_order(source.kv_heads, groups)
@@ -113,6 +103,18 @@ def compress(model, moments: Moments, plan: Plan, progress: bool = True, folder=
         device_map=layers_on_disk(family, device(model)),
         attn_implementation=model.config._attn_implementation,
     )
+
+
+def _served(model, moments: Moments, plan: Plan) -> tuple[Moments, int | None]:
+    """The moments at the positions to be served, and how many these are; None where a basis holds at all."""
+    source = moments.source
+    reach = plan.positions(source, positions(model), moments.reach)
+    if plan.block(source):
+        from_config(model.config)  # a RoPE whose turns are not fixed is refused
+    if reach is not None and reach > moments.reach:
+        # every text has a beginning, so its first positions count as much as the rest
+        moments = moments + placed(moments, from_config(model.config), reach - moments.reach + 1)
+    return moments, reach
 
 
 def _write(model, small, convert, layers, folder) -> None:

@@ -48,8 +48,9 @@ def from_config(config) -> Tensor:
         raise ValueError(f"a {config.model_type} model has no RoPE, so it has no frequencies")
     if not has_fixed_turns(config):
         raise ValueError(
-            f"rope_type is {config.rope_parameters['rope_type']!r}; no one list of frequencies describes its turns. It "
-            f"must be one of {', '.join(FIXED)}: keys can be neither turned within blocks nor moved to later positions"
+            f"rope_type is {config.rope_parameters['rope_type']!r}, not one of {', '.join(FIXED)}: no one list of "
+            "frequencies describes it, so keys can be neither turned within blocks nor moved to later positions. To "
+            "compress it, take Plan(basis='attention-weighted', reach=N) and calibrate on windows of N tokens"
         )
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -172,7 +173,7 @@ def placed(moments: Moments, frequencies: Tensor, starts: int) -> Moments:
         )
     total, gram = dict(moments.total), dict(moments.gram)
     mean = mean_turn(frequencies, 0, starts)
-    for kind in ("keys_post", "queries_post"):
+    for kind in {"keys_post", "queries_post"} & total.keys():
         heads = total[kind].unflatten(-1, (-1, source.head_dim))  # [layers, heads, d_h]
         total[kind] = _turn(heads, mean.real, mean.imag).flatten(1)
     for kind in {"keys_post", "queries_post", "keys_attended"} & gram.keys():

@@ -303,6 +303,21 @@ def test_a_basis_that_commutes_has_no_reach(name, basis):
     close(logits(found), logits(small(name, kv_heads=1, basis=basis)), name)
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "bloom"])
+@pytest.mark.parametrize("basis", METHODS)
+def test_moments_of_one_basis_are_enough_at_any_reach(name, basis):
+    if not fits(name, basis):
+        pytest.skip("no RoPE to commute with")
+    model, reach = original(name), None if name == "bloom" or basis == "blockwise" else 400
+    seen = calibrate(model, tiny.ids(5, 40), attention=basis, progress=False)
+    plan = Plan(kv_heads=1, basis=basis, reach=reach)
+    close(
+        logits(compress(model, seen, plan, progress=False)),
+        logits(compress(model, moments(name), plan, progress=False)),
+        name,
+    )
+
+
 def test_turns_that_change_with_the_text_cannot_be_moved():
     config = tiny.MODELS["llama-mha"]().config
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
