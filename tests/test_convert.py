@@ -311,11 +311,9 @@ def test_moments_of_one_basis_are_enough_at_any_reach(name, basis):
     model, reach = original(name), None if name == "bloom" or basis == "blockwise" else 400
     seen = calibrate(model, tiny.ids(5, 40), attention=basis, progress=False)
     plan = Plan(kv_heads=1, basis=basis, reach=reach)
-    close(
-        logits(compress(model, seen, plan, progress=False)),
-        logits(compress(model, moments(name), plan, progress=False)),
-        name,
-    )
+    found, expected = (compress(model, held, plan, progress=False) for held in (seen, moments(name)))
+    # attention's weights come of another path through transformers, which rounds them to float32
+    torch.testing.assert_close(logits(found), logits(expected), rtol=0, atol=1e-5)
 
 
 def test_turns_that_change_with_the_text_cannot_be_moved():
