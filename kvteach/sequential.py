@@ -7,7 +7,7 @@ compressed model. In each layer:
 1. Queries, keys, values and softmax rows A_j are taken from Y. For each query head j they give its own second moments
    of the group that it reads, G_j = Σ_q Cov_{A_j[q]}(k) for keys and (A_j V)ᵀ (A_j V) for values. With RoPE, keys are
    as the cache will hold them, turned within their block only (`kvteach.models.llama`). Queries are as the blocks
-   meet them, each as often as it reads the block.
+   meet them, each as often as it reads the block; `kvteach.attended` has the sums of both.
 2. `bases.shared` finds the encoder of each group, and a decoder for each query head. Decoders apart cost nothing: the
    query map and W_O are apart for each query head anyway.
 3. W_O is fitted again. With Z what the small attention hands to W_O, the drift is taken back as far as it goes:
@@ -82,7 +82,6 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
     )
     with (
         quiet(model),
-        observe(model, lambda layer, found: seen.append(found), attention=True),
         tqdm(total=source.layers * len(ids), desc="compressing", disable=not progress or bars_off()) as bar,
     ):
         x = stream.begin()  # [windows, tokens, hidden]
@@ -90,16 +89,17 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
         done = kept.load(x, y, after)
         bar.update(done * len(ids))
         for layer in range(done, source.layers):
-            grams = [torch.zeros((), dtype=torch.float64, device=x.device)] * groups
-            queries = grams[0]
-            for row in range(len(ids)):
-                stream.attend(model, layer, y, row)
-                found = seen.pop()
-                queries = queries + _queries(found, block, turns)
-                for number, group in enumerate(heads):
-                    reading = readers_of(group, source.query_heads // source.kv_heads)
-                    grams[number] = grams[number] + _grams(found, group, reading, block, turns)
-                bar.update()
+            grams, queries = [torch.zeros((), dtype=torch.float64, device=x.device)] * groups, 0
+            # Only here, so that both streams go on through the same kind of attention, rounded alike.
+            with observe(model, lambda layer, found: seen.append(found), attention=True):
+                for row in range(len(ids)):
+                    stream.attend(model, layer, y, row)
+                    found = seen.pop()
+                    queries = queries + _queries(found, block, turns)
+                    for number, group in enumerate(heads):
+                        reading = readers_of(group, source.query_heads // source.kv_heads)
+                        grams[number] = grams[number] + _grams(found, group, reading, block, turns)
+                    bar.update()
             attention = read(before[layer])
             bases, decoders = _bases([gram.cpu() for gram in grams], queries.cpu(), attention, plan, source)
             fill(after[layer], attention, heads, bases, decoders)
