@@ -107,7 +107,8 @@ def _smol() -> list[Case]:
         add((basis,), (0.5,), (short, long, longest))
     add(("attention-weighted",), (0.5,), (short, long, longest), reach=2048, calibrated=2048)
     add(("attention-weighted",), (0.5,), (short, long, longest), reach=8192)
-    add(("score-weighted", "weight-svd", "commuting", "commuting-attended"), (0.5, 0.33), (short,))
+    every = ("score-weighted", "weight-svd", "commuting", "commuting-attended")
+    add(every, (0.5, 0.33, 0.67, 0.25), (short,))
     pooled = ("mean-pool", "procrustes", "commuting-stock")
     found += [Case(name, basis, kv_heads=1) for basis in pooled]
     return found
