@@ -46,7 +46,7 @@ PREFILLS = 3
 
 
 def shaped(model, plan: Plan | int):
-    """A model of the shape that `plan`, or that many key-value heads, would make, without calibration.
+    """A model of the shape that `plan`, or ``Plan(kv_heads=plan)``, would make, without calibration.
 
     Its attention holds weights that were drawn or are zero: it is as fast as the real one, and says nothing.
     ValueError when the plan does not fit the model.
