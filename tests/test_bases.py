@@ -334,7 +334,7 @@ def drawn(seed: int, n: int = 3, d_h: int = 2, complex: bool = False):
     return x.mH @ x / 30, w.mT @ w
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, st.integers(1, 5), st.floats(1e-4, 10), st.booleans())
 def test_no_change_of_a_weighted_basis_helps(seed, rank, size, complex):
     gram, weights = drawn(seed, complex=complex)
@@ -357,7 +357,7 @@ def test_no_change_of_a_weighted_basis_helps(seed, rank, size, complex):
     assert objective(gram, weights, other, fitted) >= error - slack
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["activation-svd", "score-weighted"]), seeds, st.floats(1e-3, 1))
 def test_no_other_basis_and_no_other_mean_does_better_on_the_text(name, seed, size):
     """The same on the stored activations of a model, centred, with the mean changed as well."""
@@ -373,7 +373,7 @@ def test_no_other_basis_and_no_other_mean_does_better_on_the_text(name, seed, si
         assert found >= side.error * (1 - 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["commuting", "commuting-attended", "commuting-stock"]), seeds, st.integers(1, 15))
 def test_no_other_split_of_ranks_over_frequencies_does_better(name, seed, half):
     """Water-filling against a random split, each frequency at its own best; stock against its own kind."""
@@ -392,7 +392,7 @@ def test_no_other_split_of_ranks_over_frequencies_does_better(name, seed, half):
     assert found.error == pytest.approx(float(values.ravel().sort().values[: 32 - half].sum()), rel=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, st.floats(1e-4, 1), st.booleans())
 def test_no_turn_of_one_head_and_no_mix_of_heads_does_better(seed, size, complex):
     """Procrustes: any turn of any head; two heads: any turn of both. Pooling: any other encoder for its decoder."""
@@ -500,7 +500,7 @@ def test_a_scale_changes_nothing_but_the_error(name, factor):
         assert b.error == pytest.approx(a.error * times, rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, st.integers(1, 4), st.integers(1, 6))
 def test_rank_left_over_goes_to_the_plain_error(seed, seen, rank):
     """Weights that see few directions: those first and exactly, then the largest of what nobody weighed."""

@@ -238,7 +238,7 @@ def of_changed(change, plan: Plan, name: str):
     return logits(compress(model, seen, plan, progress=False))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     head=st.integers(0, 3),
     key=st.floats(0.2, 5),
@@ -260,7 +260,7 @@ def test_scale_of_a_head_does_not_matter(head, key, value, basis):
     torch.testing.assert_close(changed, logits(small("llama-mha", **plan)), rtol=0, atol=1e-7)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     order=st.permutations(range(4)),
     plan=st.sampled_from([dict(kv_heads=1), dict(kv_ratio=0.4), dict(kv_heads=1, stock=True)]),

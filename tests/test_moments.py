@@ -193,7 +193,7 @@ def test_batch_size_and_order_do_not_matter(model):
     assert close(one, calibrate(model, ids.flip(0), batch=3, attention=True, progress=False))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(cut=st.integers(1, 5))
 def test_sums_add_up(cut):
     model, ids = tiny.MODELS["llama-gqa"](), tiny.ids(6, 5)
