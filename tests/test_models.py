@@ -249,18 +249,20 @@ def test_bloom_in_float64_pads_no_worse_than_the_original():
     assert torch.equal(*both)
 
 
-def test_quantised_cache():
+@pytest.mark.parametrize("form", ["G", "blocks"])
+def test_quantised_cache(form):
     """transformers quantises what a layer is handed, so a small cache is quantised as any other."""
     pytest.importorskip("optimum.quanto", reason="no backend for a quantised cache is installed")
-    model = small_float32("llama-mha", "G")
-    config = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4}
+    model = small_float32("llama-mha", form)
+    config = {"backend": "quanto", "nbits": 4, "q_group_size": 4, "residual_length": 4}
     found = sample(model, tiny.ids(2, 6), cache_implementation="quantized", cache_config=config)
     assert found.shape == (2, 14)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an offloaded cache moves layers to a GPU and back")
-def test_offloaded_cache():
-    model = small_float32("llama-mha", "G").cuda()
+@pytest.mark.parametrize("form", ["G", "blocks"])
+def test_offloaded_cache(form):
+    model = small_float32("llama-mha", form).cuda()
     ids = tiny.ids(2, 6).cuda()
     found = sample(model, ids, do_sample=False, cache_implementation="offloaded")
     assert torch.equal(found, sample(model, ids, do_sample=False))
