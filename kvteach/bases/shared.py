@@ -51,6 +51,8 @@ def shared_encoder(grams: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, T
     # S_j [d, d_h]: the columns of the head that j reads
     picks = torch.eye(d, dtype=grams.dtype).unflatten(1, (heads, d_h)).transpose(0, 1)  # [t, d, d_h]
     picks = picks.repeat_interleave(readers, 0)  # [readers, d, d_h]
+    if rank == d:  # nothing is left out, whatever the text was
+        return torch.eye(d, dtype=grams.dtype), picks, 0.0
     read = grams @ picks  # G_j S_j
     whole = _trace(picks.mT @ read @ weights)
     mean, felt = grams.mean(0), weights.unflatten(0, (heads, readers)).sum(1)
