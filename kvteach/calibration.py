@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from .activations import Activations, attention_modules, observe, quiet, read
 from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks, wide
 from .bases import reads
+from .cost import BLOCK
 from .env import bars_off
-from .moments import ATTENDED, BLOCK, IN_BLOCKS, PLAIN, Moments, Source
+from .moments import ATTENDED, IN_BLOCKS, PLAIN, Moments, Source
 from .offload import device
 from .rope import from_config, has_fixed_turns, rotate
 

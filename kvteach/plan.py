@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 
 from .bases import method
-from .moments import BLOCK, Source
+from .cost import BLOCK
+from .moments import Source
 
 GROUPINGS = ("order", "similarity")
 REACH = 2048  # positions served by default; each octave more costs quality at all lengths
@@ -31,7 +32,7 @@ class Plan:
     kv_ratio : share of the cache bytes that is kept, above 0 and at most 1. Ranks are rounded to even numbers.
     basis : a name of `kvteach.bases.METHODS`. By default ``blockwise``; ``commuting-stock`` with `stock`, and
         ``attention-weighted`` with `reach`. With ``blockwise`` and RoPE, keys are turned within blocks of
-        `kvteach.moments.BLOCK` tokens only, so their basis holds at every position.
+        `kvteach.cost.BLOCK` tokens only, so their basis holds at every position.
     stock : absorb the keys' basis into the weights too. Only for `STOCK` where the model has RoPE.
     grouping : which heads become one: neighbours (``order``), or those that share most directions (``similarity``).
     centred : let the basis describe deviations from the mean. The mean of keys is dropped, softmax does not see it;

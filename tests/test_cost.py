@@ -101,7 +101,7 @@ def test_moments_and_their_flops_are_what_calibration_has(model, attention):
 
     from kvteach.activations import record
     from kvteach.calibration import _layer_sums, calibrate
-    from kvteach.moments import BLOCK
+    from kvteach.cost import BLOCK
     from kvteach.rope import from_config
 
     length = BLOCK + 6  # a block, and a part of one

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kvteach.bases import METHODS
-from kvteach.moments import BLOCK, Source
+from kvteach.cost import BLOCK
+from kvteach.moments import Source
 from kvteach.plan import GROUPINGS, REACH, Plan
 
 LLAMA = Source("llama", layers=3, query_heads=8, kv_heads=4, head_dim=16, weights="")

@@ -8,7 +8,8 @@ from kvteach import sequential
 from kvteach.activations import attention_modules
 from kvteach.calibration import calibrate
 from kvteach.convert import compress
-from kvteach.moments import BLOCK, Source
+from kvteach.cost import BLOCK
+from kvteach.moments import Source
 from kvteach.plan import Plan
 
 WINDOWS = tiny.ids(6, 24, seed=3)

@@ -10,9 +10,9 @@ import torch
 from kvteach import cost, throughput
 from kvteach.calibration import calibrate
 from kvteach.convert import compress
+from kvteach.cost import BLOCK
 from kvteach.machine import Machine, Meter
 from kvteach.memory import Made, Peak
-from kvteach.moments import BLOCK
 from kvteach.plan import Plan
 
 MACHINE = Machine("none", read=1e10, matmul=1e11)
