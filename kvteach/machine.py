@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+LAYERS = ("plain", "basis", "blocks")  # kinds of attention, by their small operations
 COPIED = (2**20, 2**23, 2**26)  # bytes of the tensors that are copied
 
 
@@ -24,10 +25,12 @@ class Machine:
     copy : bytes of one tensor -> bytes that are copied when tensors of this size or larger get longer by a token; half
         of `read` where it is not known, as each byte is read and written. On a CPU tensors above some 32 MB are slow:
         the system hands out fresh pages for each.
-    attend : (query heads of each cached head, its width, tokens of a block) -> bytes of keys and values that attention
-        reads; `read` and `matmul` say it where it is not known. 0 tokens: keys are not turned within blocks.
+    attend : (query heads of each cached head, its width, tokens of a block, width of a query) -> bytes of keys and
+        values that attention reads, its queries turned and mapped for each block; `read` and `matmul` say it where it
+        is not known. 0, 0 at the end: keys are not turned within blocks.
     product : sequences -> bytes of weights that a product with so many rows reads; likewise.
-    launch : seconds, of a layer with next to nothing in it.
+    launch : seconds, of a layer with next to nothing in it: "plain", with a "basis", and with one and "blocks". 0 where
+        it is not known.
     memory : bytes, None when not known.
     """
 
@@ -35,8 +38,8 @@ class Machine:
     read: float
     matmul: float
     copy: dict[int, float] = field(default_factory=dict)
-    launch: float = 0
-    attend: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    launch: dict[str, float] = field(default_factory=dict)
+    attend: dict[tuple[int, int, int, int], float] = field(default_factory=dict)
     product: dict[int, float] = field(default_factory=dict)
     memory: float | None = None
 
@@ -49,14 +52,15 @@ class Machine:
         for name, rate in rates.items():
             if rate is not None and not rate > 0:  # NaN is not above 0 either
                 raise ValueError(f"{name} is {rate!r}; it should be above 0")
-        if not self.launch >= 0:
-            raise ValueError(f"launch is {self.launch!r}; it should be 0 seconds or more")
+        for kind, taken in self.launch.items():
+            if not taken >= 0:
+                raise ValueError(f"launch[{kind!r}] is {taken!r}; it should be 0 seconds or more")
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         attend = [
-            {"readers": readers, "width": width, "block": block, "bytes": rate}
-            for (readers, width, block), rate in self.attend.items()
+            {"readers": readers, "width": width, "block": block, "query": query, "bytes": rate}
+            for (readers, width, block, query), rate in self.attend.items()
         ]
         copy = [{"tensor": size, "bytes": rate} for size, rate in self.copy.items()]
         plain = {name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "memory")}
@@ -94,7 +98,7 @@ class Meter:
     ----------
     device : ``cuda`` where there is one, else ``cpu``.
     dtype : torch.float32 by default.
-    attend : (t, width, block) for each rate at which attention reads, t query heads on one cached head of that width.
+    attend : as in `Machine`, for each rate at which attention reads.
     rows : the rates at which matrix products with so many rows read weights.
     fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
     megabytes : what is read, and held meanwhile. By default 128, on a GPU 512: more than any processor's own cache.
@@ -108,7 +112,7 @@ class Meter:
         self,
         device: str | None = None,
         dtype=None,
-        attend: Sequence[tuple[int, int, int]] = ((1, 64, 0),),
+        attend: Sequence[tuple[int, int, int, int]] = ((1, 64, 0, 0),),
         rows: Sequence[int] = (1,),
         fused: bool = True,
         megabytes: int | None = None,
@@ -120,8 +124,10 @@ class Meter:
         self.device = torch.device(device or env.device())
         if megabytes is None:
             megabytes = 512 if self.device.type == "cuda" else 128
-        if odd := [block for *_, block in attend if block and (block < 0 or 256 % block)]:
-            raise ValueError(f"block is {odd[0]}; it should be 0, or divide 256")
+        if odd := [one for one in attend if one[2] and (one[2] < 0 or 256 % one[2] or one[3] < 1)]:
+            raise ValueError(
+                f"attend has {odd[0]}; a block should be 0 or divide 256, and have queries of a width"
+            )
         lowest = {"megabytes": megabytes, "attend": min(min(key[:2]) for key in attend), "rows": min(rows)}
         for name, value in lowest.items():
             if value < 1:
@@ -162,7 +168,7 @@ class Meter:
             read=rates["read", None],
             matmul=rates["matmul", None],
             copy=several("copy"),
-            launch=1 / rates["launch", None],
+            launch={kind: 1 / rate for kind, rate in several("launch").items()},
             attend=several("attend"),
             product=several("product"),
             memory=card.total_memory if card else None,
@@ -173,6 +179,8 @@ def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
     """(kind, key) -> what is done, and how many bytes, FLOPs or layers that counts. All of it reads `flat`."""
     import torch
 
+    from .models.blocks import softmax_row
+
     made, size, count = dict(device=flat.device, dtype=flat.dtype), flat.itemsize, flat.numel()
     small = count < 2**22
     side = 128 if small else 1024
@@ -180,8 +188,8 @@ def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
     ways = {
         ("read", None): (lambda: flat.amax(), flat.nbytes),
         ("matmul", None): (lambda: weights[0] @ weights[1], 2 * side**3),
-        ("launch", None): _small_model(**made),
     }
+    ways |= {("launch", kind): _small_model(kind, **made) for kind in LAYERS}
     for tensor in COPIED:
         parts = _split(flat, min(tensor // size, count))  # so many that none stays in the processor
         lengthen = lambda parts=parts: [torch.cat([part, part[:64]]) for part in parts]  # noqa: E731
@@ -191,16 +199,19 @@ def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
         product = lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights]  # noqa: E731
         ways["product", number] = (product, weights.nbytes)
     attention = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
-    for t, width, block in sorted(set(attend)):
+    for t, width, block, numbers in sorted(set(attend)):
         tokens = 256 if small else 8192
         heads = max(count // (2 * tokens * width), 1)
-        keys, values = flat[: 2 * heads * tokens * width].view(2, 1, heads, tokens, width)
-        query = torch.randn(1, heads, tokens // block if block else 1, t, width, **made)
+        keys, values = flat[: 2 * heads * tokens * width].view(2, heads, 1, tokens, width)
         if block:
-            way = lambda query=query, keys=keys, values=values: _in_blocks(query, keys, values)  # noqa: E731
+            query, maps = torch.randn(heads, t, 1, numbers, **made), torch.randn(t, numbers, width, **made)
+            turns = torch.ones(2, tokens // block, numbers, device=flat.device)
+            asked = query, keys, maps, *turns, block
+            way = lambda asked=asked, values=values: softmax_row(*asked).to(values.dtype) @ values  # noqa: E731
         else:
-            way = lambda query=query[:, :, 0], keys=keys, values=values: attention(query, keys, values)  # noqa: E731
-        ways["attend", (t, width, block)] = (way, keys.nbytes + values.nbytes)
+            query = torch.randn(heads, 1, t, width, **made)
+            way = lambda query=query, keys=keys, values=values: attention(query, keys, values)  # noqa: E731
+        ways["attend", (t, width, block, numbers)] = (way, keys.nbytes + values.nbytes)
     return ways
 
 
@@ -210,24 +221,26 @@ def _split(flat, size: int):
 
 
 def _unfused(query, keys, values):
-    """Attention in three operations: [1, heads, t, d], [1, heads, tokens, d] twice -> [1, heads, t, d]."""
+    """Attention in three operations: [heads, 1, t, d], [heads, 1, tokens, d] twice -> [heads, 1, t, d]."""
     return (query @ keys.mT).softmax(-1) @ values
 
 
-def _in_blocks(query, keys, values):
-    """The same with another query for each block: [1, heads, blocks, t, d] -> [1, heads, t, d]."""
-    read = keys.unflatten(2, (query.shape[2], -1))  # [1, heads, blocks, tokens of a block, d]
-    scores = (read @ query.mT).flatten(2, 3).mT  # [1, heads, t, tokens]
-    return scores.softmax(-1) @ values
-
-
-def _small_model(device, dtype) -> tuple[Callable, int]:
+def _small_model(kind: str, device, dtype) -> tuple[Callable, int]:
     """One step of a model of next to nothing, and its layers."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=1, vocab_size=16)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(device, dtype).eval()
+    from .models.llama import KvteachLlamaConfig, KvteachLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_attention_heads=1, num_hidden_layers=4, vocab_size=16
+    )
+    if kind == "plain":
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        model = KvteachLlamaForCausalLM(
+            KvteachLlamaConfig(**sizes, key_block=64 if kind == "blocks" else None)
+        )
+    model = model.to(device, dtype).eval()
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     return lambda: model(input_ids=ids, use_cache=True), 4
 

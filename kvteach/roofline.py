@@ -10,10 +10,10 @@ One step reads every weight once, and the keys and values of every sequence. Wit
     T = weights + attention + copy + launch seconds,       batch / T tokens a second
 
 `read` is what the memory gives. `attend` is what attention gets of it: how fast it reads keys and values when t = h / g
-query heads read each cached head, at once or in blocks; with blocks their queries are mapped at the rate `matmul` on
-top. `product` is what a matrix product with one row for each sequence gets. On a CPU both fall as t or the batch grows:
-narrow products are far from the FLOPs of square ones. With neither, without copies and launches, T is the roofline
-(Williams et al., 2009).
+query heads read each cached head, at once or in blocks, for each of which a query is turned and mapped. `product` is
+what a matrix product with one row for each sequence gets. On a CPU both fall as t or the batch grows: narrow products
+are far from the FLOPs of square ones. With neither, without copies and launches, T is the roofline (Williams et al.,
+2009).
 
 Where nothing is known of the machine, the line T = a + b · x, with x the share g / h of the cache, is fitted to
 measured steps: a is what does not depend on the cache, 1 + b / a the largest speed-up that a smaller cache can give.
@@ -52,23 +52,29 @@ def seconds(
     -------
     "weights", "attention", "copy" and "launch", in seconds.
     """
-    work = cost.flops(replace(shape, key_block=None), new=1, cached=cached)
+    work = cost.flops(shape, new=1, cached=cached)
+    once = cost.flops(replace(shape, key_block=None), new=1, cached=cached)["basis"]
     moved = cost.decode_bytes(shape, cached, batch, bytes_per_number, bytes_per_number)
-    attention, once = batch * work.pop("attention"), work["basis"]
+    # with blocks attention maps a query for each
+    attention = batch * (work.pop("attention") + work.pop("basis") - once)
 
     def part(size, flops, known):
         return size / known if known else max(size / machine.read, flops / machine.matmul)
 
-    product = machine.product.get(batch)
-    attend = machine.attend.get((shape.query_heads // shape.kv_heads, shape.widths[0], shape.key_block or 0))
-    again = cost.flops(shape, new=1, cached=cached)["basis"] - once  # queries are mapped once for each block
+    kind = "blocks" if shape.key_block else "basis" if shape.form in ("G", "R") else "plain"
     return {
-        "weights": part(moved["weights"], batch * sum(work.values()), product),
-        "attention": part(moved["cache"], attention, attend) + batch * again / machine.matmul,
+        "weights": part(moved["weights"], batch * (once + sum(work.values())), machine.product.get(batch)),
+        "attention": part(moved["cache"], attention, machine.attend.get(reading(shape))),
         # a layer's keys are one tensor, its values another
         "copy": grows * moved["cache"] / machine.copies(moved["cache"] / shape.layers / 2),
-        "launch": shape.layers * machine.launch,
+        "launch": shape.layers * machine.launch.get(kind, 0),
     }
+
+
+def reading(shape: cost.Shape) -> tuple[int, int, int, int]:
+    """What the rate of attention depends on: a key of `Machine.attend`."""
+    readers, (width, _) = shape.query_heads // shape.kv_heads, shape.widths
+    return readers, width, shape.key_block or 0, shape.head_dim if shape.key_block else 0
 
 
 def fit(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

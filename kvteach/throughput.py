@@ -148,7 +148,7 @@ def _meter(models: dict, batches) -> Meter:
     """For the rates that these models need."""
     first = next(iter(models.values()))
     shapes = [cost.Shape.from_config(model.config) for model in models.values()]
-    attend = [(one.query_heads // one.kv_heads, one.widths[0], one.key_block or 0) for one in shapes]
+    attend = [roofline.reading(one) for one in shapes]
     return Meter(
         first.device.type, first.dtype, attend, batches, first.config._attn_implementation != "eager"
     )
@@ -239,7 +239,7 @@ class _Point:
         where = cost.Shape.from_config(model.config), self.context, self.batch, size
         parts = roofline.seconds(machine, *where, grows=self.cache == "dynamic")
         plain = replace(where[0], key_block=None)  # reading is the bound, whatever a block costs
-        bound = roofline.seconds(replace(machine, attend={}, product={}, launch=0), plain, *where[1:])
+        bound = roofline.seconds(replace(machine, attend={}, product={}, launch={}), plain, *where[1:])
         return {
             "predicted": self.batch / sum(parts.values()),
             "predicted_seconds": parts,

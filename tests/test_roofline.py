@@ -22,7 +22,9 @@ def test_docstring():
 
 
 def test_by_hand():
-    made = replace(PLAIN, copy={100: 5e8}, launch=1e-3, attend={(4, 8, 0): 2e8}, product={3: 4e8})
+    made = replace(
+        PLAIN, copy={100: 5e8}, launch={"basis": 1e-3}, attend={(4, 8, 0, 0): 2e8}, product={3: 4e8}
+    )
     small = SHAPE.compress(2, "G")
     moved = cost.decode_bytes(small, 7, 3, 4, 4)
     found = seconds(made, small, cached=7, batch=3, bytes_per_number=4, grows=True)
@@ -35,15 +37,22 @@ def test_by_hand():
     assert seconds(made, small, 7, 3, 4)["copy"] == 0
 
 
-def test_blocks_read_at_a_rate_of_their_own_and_map_their_queries_once_each():
-    made = replace(PLAIN, attend={(4, 8, 0): 2e8, (4, 8, 5): 1e8}, product={3: 4e8})
+def test_blocks_have_rates_of_their_own_and_map_their_queries_once_each():
     small = SHAPE.compress(2, "G")
-    plain, blocks = (seconds(made, one, 14, 3, 4) for one in (small, replace(small, key_block=5)))
+    blocks = replace(small, key_block=5)
+    made = replace(
+        PLAIN,
+        attend={(4, 8, 0, 0): 2e8, (4, 8, 5, 8): 1e8},
+        product={3: 4e8},
+        launch={"basis": 1e-3, "blocks": 2e-3},
+    )
+    plain, found = (seconds(made, one, 14, 3, 4) for one in (small, blocks))
+    assert found == plain | {"attention": 2 * plain["attention"], "launch": 2 * plain["launch"]}
+    # where no rate is known, and reading takes no time, the maps are counted: 3 blocks, so 2 more than without
+    plain, found = (seconds(replace(PLAIN, read=1e300), one, 14, 3, 4) for one in (small, blocks))
     maps = 2 * 3 * 3 * 8 * 8 * 8  # FLOPs: batch · layers · query heads · d_h · d_h, of one block
-    assert blocks["attention"] == pytest.approx(2 * plain["attention"] + 2 * maps / 1e10)  # 3 blocks
-    assert {name: time for name, time in blocks.items() if name != "attention"} == {
-        name: time for name, time in plain.items() if name != "attention"
-    }
+    assert found["attention"] == pytest.approx(plain["attention"] + 2 * maps / PLAIN.matmul)
+    assert found["weights"] == plain["weights"]
 
 
 @pytest.mark.parametrize("batch, cached", [(1, 10), (64, 1000)])
@@ -119,12 +128,20 @@ def test_a_memory_that_holds_no_sequence():
 def test_a_machine_measured_in_small(fused, dtype):
     before = torch.get_rng_state()
     found = machine.measure(
-        "cpu", dtype, attend=[(1, 64, 0), (4, 64, 64)], rows=(1, 3), fused=fused, repeats=1, megabytes=1
+        "cpu",
+        dtype,
+        attend=[(1, 64, 0, 0), (4, 32, 64, 16)],
+        rows=(1, 3),
+        fused=fused,
+        repeats=1,
+        megabytes=1,
     )
-    assert set(found.attend) == {(1, 64, 0), (4, 64, 64)} and set(found.product) == {1, 3}
-    assert set(found.copy) == set(machine.COPIED) and found.launch > 0 and found.memory is None
+    assert set(found.attend) == {(1, 64, 0, 0), (4, 32, 64, 16)} and set(found.product) == {1, 3}
+    assert set(found.copy) == set(machine.COPIED) and found.memory is None
+    assert set(found.launch) == set(machine.LAYERS) and min(found.launch.values()) > 0
     plain = found.as_dict()
-    assert plain["attend"][1] == {"readers": 4, "width": 64, "block": 64, "bytes": found.attend[4, 64, 64]}
+    rate = found.attend[4, 32, 64, 16]
+    assert plain["attend"][1] == {"readers": 4, "width": 32, "block": 64, "query": 16, "bytes": rate}
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -134,10 +151,13 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: Machine("m", read=0, matmul=1), "read is 0; it should be above 0"),
         (lambda: Machine("m", read=1, matmul=float("nan")), "matmul is nan; it should be above 0"),
         (
-            lambda: Machine("m", 1, 1, attend={(1, 64, 0): -1}),
-            "attend[(1, 64, 0)] is -1; it should be above 0",
+            lambda: Machine("m", 1, 1, attend={(1, 64, 0, 0): -1}),
+            "attend[(1, 64, 0, 0)] is -1; it should be above 0",
         ),
-        (lambda: Machine("m", 1, 1, launch=-1), "launch is -1; it should be 0 seconds or more"),
+        (
+            lambda: Machine("m", 1, 1, launch={"basis": -1}),
+            "launch['basis'] is -1; it should be 0 seconds or more",
+        ),
         (lambda: seconds(PLAIN, SHAPE, cached=5, batch=0), "batch is 0; it should be 1 or more"),
         (lambda: seconds(PLAIN, SHAPE, cached=-5), "cached is -5"),
         (lambda: seconds(PLAIN, SHAPE, cached=5, bytes_per_number=0), "weight_bytes is 0"),
@@ -150,8 +170,12 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: machine.measure("cpu", repeats=0), "repeats is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", rows=(0,)), "rows is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", megabytes=0), "megabytes is 0; it should be 1 or more"),
-        (lambda: machine.measure("cpu", attend=[(0, 64, 0)]), "attend is 0; it should be 1 or more"),
-        (lambda: machine.measure("cpu", attend=[(1, 64, 48)]), "block is 48; it should be 0, or divide 256"),
+        (lambda: machine.measure("cpu", attend=[(0, 64, 0, 0)]), "attend is 0; it should be 1 or more"),
+        (
+            lambda: machine.measure("cpu", attend=[(1, 64, 48, 8)]),
+            "attend has (1, 64, 48, 8); a block should be 0",
+        ),
+        (lambda: machine.measure("cpu", attend=[(1, 64, 64, 0)]), "and have queries of a width"),
     ],
 )
 def test_refusals(call, words):

@@ -216,8 +216,8 @@ def test_the_machine_is_measured_for_these_models_in_their_turns(monkeypatch):
     models = pair() | {"latent": throughput.shaped(tiny.MODELS["llama-mha"](), Plan(kv_ratio=0.5))}
     rows = throughput.sweep(models, [4], [2, 1], prefill=False, **FEW | {"machine": None})["rows"]
     for row in rows:
-        found = {(one["readers"], one["width"], one["block"]) for one in row["machine"]["attend"]}
-        assert found == {(1, 16, 0), (2, 16, BLOCK), (4, 32, BLOCK)}
+        found = {tuple(one.values())[:4] for one in row["machine"]["attend"]}
+        assert found == {(1, 16, 0, 0), (2, 16, BLOCK, 16), (4, 32, BLOCK, 16)}
         assert {one["rows"] for one in row["machine"]["product"]} == {1, 2}
     assert len(order) == 1 + 2 * (1 + 3)  # to warm up; at each of two points one before, then one a turn
 

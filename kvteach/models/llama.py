@@ -11,16 +11,8 @@ In decoding, the query heads of a group are folded into query positions: [batch,
 [batch, g, h/g, r]. The group's keys and values are then read in place. Repeating them for each query head would give
 the gain of the small cache away.
 
-With `key_block` m, the cache is a row of blocks of m tokens, and keys are turned by their place in their block only.
-So at most m positions need a basis, however long the text is. What is missing, the turn by im of block i, is made good
-by the reader; RoPE depends on differences only, so nothing is lost:
-
-    c = (x W_K R_s R_imᵀ) E                token in slot s = im … im + m − 1 of the cache
-    q̃_i = (x W_Q^j R_S R_imᵀ) M_j          a query in slot S, once for each block that it reads
-    q̃_i cᵀ = (x W_Q^j R_S) (c M_jᵀ R_im)ᵀ     or, where many queries read, the keys are rebuilt and turned instead
-
-Where a sliding window drops tokens, keys are rebuilt at every step. Slots are counted, not positions: padding on the
-left moves both alike. Positions that jump would be read wrongly; within one call they are refused.
+With `key_block`, RoPE turns keys within blocks only (`kvteach.models.blocks`). Positions that jump would be read
+wrongly; within one call they are refused.
 """
 
 import warnings
@@ -46,10 +38,11 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
-    rotate_half,
 )
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+from .blocks import angles, rebuilt, softmax_row, turned, unit
 
 
 class KvteachLlamaConfig(LlamaConfig):
@@ -130,7 +123,7 @@ class _SmallCache:
         if self.block:
             past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
             slots = past + torch.arange(shape[1], device=query.device)  # `past` of a static cache is a tensor
-            key = self.turned(key, slots, slots - slots % self.block)
+            key = turned(key, *angles(self.rotary, key, slots, self._start(slots)))
         else:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
@@ -145,10 +138,10 @@ class _SmallCache:
         ours = implementation in ("eager", "sdpa")
         folded, heads = shape[1] == 1 and ours, self.q_map.shape[0] // self.groups
         if self.block and folded and window is None:
-            output, weights = self.decode(query, key, value, attention_mask, slots)
-            return self.o_proj(output.reshape(*shape, -1)), weights
+            return self._decode(query, key, value, attention_mask, slots)
         if self.block:
-            query, key = self.turned(query, slots), self.rebuilt(key, slots)  # [batch, h, …, d_h]
+            query = turned(query, *angles(self.rotary, query, slots))
+            key = self._rebuilt(key, slots)  # [batch, h, …, d_h] both
             value, folded = repeat_kv(value, heads), False
             # kernels that do not form all scores want one width
             wide = max(self.head_dim, self.value_rank)
@@ -175,87 +168,25 @@ class _SmallCache:
             weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
         return self.o_proj(output.reshape(*shape, -1)), weights
 
-    def angles(self, x: Tensor, positions: Tensor, unit: bool = False) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for tensors like x, in float32 at least: [1, positions, d_h] both.
+    def _start(self, slots: Tensor) -> Tensor:
+        """Where the blocks of these slots start."""
+        return slots - slots % self.block
 
-        transformers rounds them, so they are not quite a rotation. With `unit` they are: its inverse is its transpose.
-        """
-        like = x[:0].to(torch.promote_types(x.dtype, torch.float32))
-        cos, sin = self.rotary(like, positions[None])
-        if not unit:
-            return cos, sin
-        size = torch.hypot(cos, sin)
-        return cos / size, sin / size
-
-    def turned(self, x: Tensor, slots: Tensor, starts: Tensor | None = None) -> Tensor:
-        """x R_s R_imᵀ: turned to slots s, and back by the starts im of blocks, where there are any.
-
-        The angles of R_{s−im} are rounded in another way than those of s and im, so it would not be the same.
-
-        Parameters
-        ----------
-        x : [batch, heads, n, d_h]. slots, starts : [n], or [1] for the same of all.
-        """
-        wide = _turn(x, *self.angles(x, slots))
-        if starts is not None:
-            cos, sin = self.angles(x, starts, unit=True)
-            wide = _turn(wide, cos, -sin)
-        return wide.to(x.dtype)  # two turns, rounded once
-
-    def rebuilt(self, latent: Tensor, slots: Tensor) -> Tensor:
+    def _rebuilt(self, latent: Tensor, slots: Tensor) -> Tensor:
         """The keys that each query head reads, after RoPE: [batch, g, cached, r_k] -> [batch, h, cached, d_h]."""
         cached = latent.shape[2]
         first = (slots[-1] + 1 - cached).clamp(min=0)  # above 0 where a sliding window has dropped tokens
         stored = first + torch.arange(cached, device=latent.device)
-        maps = self.q_map.unflatten(0, (self.groups, -1))  # [g, h/g, d_h, r_k]
-        keys = torch.einsum("bglr,gjdr->bgjld", latent, maps).flatten(1, 2)
-        starts = stored - stored % self.block
-        return _turn(keys, *self.angles(keys, starts, unit=True)).to(keys.dtype)
+        return rebuilt(latent, self.q_map, *unit(*angles(self.rotary, latent, self._start(stored))))
 
-    def decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
-        """One token reads the blocks where they lie: output [batch, h, r_v] and weights [batch, h, 1, cached].
-
-        Parameters
-        ----------
-        query : [batch, h, 1, d_h], before RoPE. latent, value : the cache, [batch, g, cached, r]. slots : [1].
-        """
-        cached = latent.shape[2]
-        starts = torch.arange(0, cached, self.block, device=latent.device)
-        query = self.turned(query * self.scaling, slots, starts)  # [batch, h, blocks, d_h]
-        query = torch.einsum("bhnd,hdr->bnhr", query, self.q_map).unflatten(2, (self.groups, -1))
-        query = query.transpose(1, 2).contiguous()  # [batch, g, blocks, h/g, r_k]
-        whole = cached // self.block
-        read = latent[:, :, : whole * self.block].unflatten(2, (whole, self.block))
-        scores = _products(read, query[:, :, :whole].mT).flatten(2, 3)  # [batch, g, whole · m, h/g]
-        if cached % self.block:
-            rest = latent[:, :, whole * self.block :] @ query[:, :, -1].mT  # [batch, g, rest, h/g]
-            scores = torch.cat([scores, rest], 2)
-        scores = scores.mT  # [batch, g, h/g, cached]
-        if mask is not None:  # [batch, 1, 1, cached]: what may be read, or what is added
-            hidden = mask[..., :cached]
-            scores = scores.masked_fill(~hidden, -torch.inf) if mask.dtype == torch.bool else scores + hidden
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weights = functional.softmax(scores, -1, dtype=wide).to(value.dtype)
-        weights = functional.dropout(weights, self.attention_dropout, self.training)
-        return (weights @ value).flatten(1, 2), weights.flatten(1, 2).unsqueeze(2)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE with these angles, in the wider dtype of the two."""
-    return x * cos + rotate_half(x) * sin
-
-
-def _products(read: Tensor, query: Tensor) -> Tensor:
-    """[batch, g, blocks, m, r] · [batch, g, blocks, r, h/g].
-
-    A product of many matrices copies them first, unless all follow one another in memory. Where the cache does not end
-    with a block, only those of one cached head do. On a CPU a product for each of these heads is several times faster
-    than the copy; a GPU would wait for so many small ones, and copies the keys.
-    """
-    if read.is_contiguous() or read.device.type != "cpu":
-        return read @ query
-    pairs = zip(read.flatten(0, 1), query.flatten(0, 1), strict=True)
-    return torch.stack([one @ other for one, other in pairs]).unflatten(0, read.shape[:2])
+    def _decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
+        """One token reads the blocks where they lie: as `forward` returns. Query [batch, h, 1, d_h], before RoPE."""
+        starts = torch.arange(0, latent.shape[2], self.block, device=latent.device)
+        turns = angles(self.rotary, query, slots, starts)  # [blocks, d_h]
+        row = softmax_row(query * self.scaling, latent, self.q_map, *turns, self.block, mask).to(value.dtype)
+        row = functional.dropout(row, self.attention_dropout, self.training)
+        output = row @ value  # [batch, g, h/g, r_v]
+        return self.o_proj(output.flatten(1).unsqueeze(1)), row.flatten(1, 2).unsqueeze(2)
 
 
 class KvteachLlamaAttention(_SmallCache, LlamaAttention):
