@@ -9,9 +9,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 LAYERS = ("plain", "basis", "blocks")  # kinds of attention, by their small operations
 COPIED = (2**20, 2**23, 2**26)  # bytes of the tensors that are copied
+
+
+class Reading(NamedTuple):
+    """How attention reads a cache, as far as its rate depends on it.
+
+    Attributes
+    ----------
+    readers : query heads of each cached head.
+    width : numbers of a cached key.
+    block : tokens of a block, 0 where keys are not turned within blocks.
+    query : numbers of a query before it is turned and mapped for each block; 0 without blocks.
+    """
+
+    readers: int
+    width: int
+    block: int = 0
+    query: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,9 +43,7 @@ class Machine:
     copy : bytes of one tensor -> bytes that are copied when tensors of this size or larger get longer by a token; half
         of `read` where it is not known, as each byte is read and written. On a CPU tensors above some 32 MB are slow:
         the system hands out fresh pages for each.
-    attend : (query heads of each cached head, its width, tokens of a block, width of a query) -> bytes of keys and
-        values that attention reads, its queries turned and mapped for each block; `read` and `matmul` say it where it
-        is not known. 0, 0 at the end: keys are not turned within blocks.
+    attend : bytes of keys and values that attention reads; `read` and `matmul` say it where it is not known.
     product : sequences -> bytes of weights that a product with so many rows reads; likewise.
     launch : seconds, of a layer with next to nothing in it: "plain", with a "basis", and with one and "blocks". 0 where
         it is not known.
@@ -39,7 +55,7 @@ class Machine:
     matmul: float
     copy: dict[int, float] = field(default_factory=dict)
     launch: dict[str, float] = field(default_factory=dict)
-    attend: dict[tuple[int, int, int, int], float] = field(default_factory=dict)
+    attend: dict[Reading, float] = field(default_factory=dict)
     product: dict[int, float] = field(default_factory=dict)
     memory: float | None = None
 
@@ -58,10 +74,7 @@ class Machine:
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
-        attend = [
-            {"readers": readers, "width": width, "block": block, "query": query, "bytes": rate}
-            for (readers, width, block, query), rate in self.attend.items()
-        ]
+        attend = [reading._asdict() | {"bytes": rate} for reading, rate in self.attend.items()]
         copy = [{"tensor": size, "bytes": rate} for size, rate in self.copy.items()]
         plain = {name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "memory")}
         product = [{"rows": rows, "bytes": rate} for rows, rate in self.product.items()]
@@ -98,7 +111,7 @@ class Meter:
     ----------
     device : ``cuda`` where there is one, else ``cpu``.
     dtype : torch.float32 by default.
-    attend : as in `Machine`, for each rate at which attention reads.
+    attend : the rates at which attention reads.
     rows : the rates at which matrix products with so many rows read weights.
     fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
     megabytes : what is read, and held meanwhile. By default 128, on a GPU 512: more than any processor's own cache.
@@ -112,7 +125,7 @@ class Meter:
         self,
         device: str | None = None,
         dtype=None,
-        attend: Sequence[tuple[int, int, int, int]] = ((1, 64, 0, 0),),
+        attend: Sequence[Reading] = (Reading(1, 64),),
         rows: Sequence[int] = (1,),
         fused: bool = True,
         megabytes: int | None = None,
@@ -124,10 +137,10 @@ class Meter:
         self.device = torch.device(device or env.device())
         if megabytes is None:
             megabytes = 512 if self.device.type == "cuda" else 128
-        if odd := [one for one in attend if one[2] and (one[2] < 0 or 256 % one[2] or one[3] < 1)]:
-            raise ValueError(
-                f"attend has {odd[0]}; a block should be 0 or divide 256, and have queries of a width"
-            )
+        if odd := [
+            one for one in attend if one.block and (one.block < 0 or 256 % one.block or one.query < 1)
+        ]:
+            raise ValueError(f"attend has {odd[0]}; a block should divide 256, and a query be 1 wide or more")
         lowest = {"megabytes": megabytes, "attend": min(min(key[:2]) for key in attend), "rows": min(rows)}
         for name, value in lowest.items():
             if value < 1:
@@ -189,29 +202,31 @@ def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
         ("read", None): (lambda: flat.amax(), flat.nbytes),
         ("matmul", None): (lambda: weights[0] @ weights[1], 2 * side**3),
     }
-    ways |= {("launch", kind): _small_model(kind, **made) for kind in LAYERS}
-    for tensor in COPIED:
+    # a layer after something large, which leaves the processor's caches as weights do
+    for kind, tensor in zip(LAYERS, COPIED, strict=True):
         parts = _split(flat, min(tensor // size, count))  # so many that none stays in the processor
         lengthen = lambda parts=parts: [torch.cat([part, part[:64]]) for part in parts]  # noqa: E731
         ways["copy", tensor] = (lengthen, parts.nbytes)
+        ways["launch", kind] = _small_model(kind, **made)
     for number in sorted(set(rows)):
         states = torch.randn(number, side, **made)
         product = lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights]  # noqa: E731
         ways["product", number] = (product, weights.nbytes)
     attention = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
-    for t, width, block, numbers in sorted(set(attend)):
+    for reading in sorted(set(attend)):
+        t, width, block, wide = reading
         tokens = 256 if small else 8192
         heads = max(count // (2 * tokens * width), 1)
         keys, values = flat[: 2 * heads * tokens * width].view(2, heads, 1, tokens, width)
         if block:
-            query, maps = torch.randn(heads, t, 1, numbers, **made), torch.randn(t, numbers, width, **made)
-            turns = torch.ones(2, tokens // block, numbers, device=flat.device)
+            query, maps = torch.randn(heads, t, 1, wide, **made), torch.randn(t, wide, width, **made)
+            turns = torch.ones(2, tokens // block, wide, device=flat.device)
             asked = query, keys, maps, *turns, block
             way = lambda asked=asked, values=values: softmax_row(*asked).to(values.dtype) @ values  # noqa: E731
         else:
             query = torch.randn(heads, 1, t, width, **made)
             way = lambda query=query, keys=keys, values=values: attention(query, keys, values)  # noqa: E731
-        ways["attend", (t, width, block, numbers)] = (way, keys.nbytes + values.nbytes)
+        ways["attend", reading] = (way, keys.nbytes + values.nbytes)
     return ways
 
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import cost
-from .machine import Machine
+from .machine import Machine, Reading
 
 
 def seconds(
@@ -71,10 +71,10 @@ def seconds(
     }
 
 
-def reading(shape: cost.Shape) -> tuple[int, int, int, int]:
+def reading(shape: cost.Shape) -> Reading:
     """What the rate of attention depends on: a key of `Machine.attend`."""
     readers, (width, _) = shape.query_heads // shape.kv_heads, shape.widths
-    return readers, width, shape.key_block or 0, shape.head_dim if shape.key_block else 0
+    return Reading(readers, width, *((shape.key_block, shape.head_dim) if shape.key_block else ()))
 
 
 def fit(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

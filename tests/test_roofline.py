@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvteach import cost, machine, roofline
-from kvteach.machine import DATASHEETS, Machine
+from kvteach.machine import DATASHEETS, Machine, Reading
 from kvteach.roofline import PAPER, fit, implied, seconds
 
 SHAPE = cost.Shape(layers=3, hidden=64, query_heads=8, kv_heads=8, head_dim=8, intermediate=96, vocab=50)
@@ -23,7 +23,7 @@ def test_docstring():
 
 def test_by_hand():
     made = replace(
-        PLAIN, copy={100: 5e8}, launch={"basis": 1e-3}, attend={(4, 8, 0, 0): 2e8}, product={3: 4e8}
+        PLAIN, copy={100: 5e8}, launch={"basis": 1e-3}, attend={Reading(4, 8): 2e8}, product={3: 4e8}
     )
     small = SHAPE.compress(2, "G")
     moved = cost.decode_bytes(small, 7, 3, 4, 4)
@@ -42,7 +42,7 @@ def test_blocks_have_rates_of_their_own_and_map_their_queries_once_each():
     blocks = replace(small, key_block=5)
     made = replace(
         PLAIN,
-        attend={(4, 8, 0, 0): 2e8, (4, 8, 5, 8): 1e8},
+        attend={Reading(4, 8): 2e8, Reading(4, 8, 5, 8): 1e8},
         product={3: 4e8},
         launch={"basis": 1e-3, "blocks": 2e-3},
     )
@@ -130,17 +130,17 @@ def test_a_machine_measured_in_small(fused, dtype):
     found = machine.measure(
         "cpu",
         dtype,
-        attend=[(1, 64, 0, 0), (4, 32, 64, 16)],
+        attend=[Reading(1, 64), Reading(4, 32, 64, 16)],
         rows=(1, 3),
         fused=fused,
         repeats=1,
         megabytes=1,
     )
-    assert set(found.attend) == {(1, 64, 0, 0), (4, 32, 64, 16)} and set(found.product) == {1, 3}
+    assert set(found.attend) == {Reading(1, 64), Reading(4, 32, 64, 16)} and set(found.product) == {1, 3}
     assert set(found.copy) == set(machine.COPIED) and found.memory is None
     assert set(found.launch) == set(machine.LAYERS) and min(found.launch.values()) > 0
     plain = found.as_dict()
-    rate = found.attend[4, 32, 64, 16]
+    rate = found.attend[Reading(4, 32, 64, 16)]
     assert plain["attend"][1] == {"readers": 4, "width": 32, "block": 64, "query": 16, "bytes": rate}
     assert torch.equal(before, torch.get_rng_state())
 
@@ -151,8 +151,8 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: Machine("m", read=0, matmul=1), "read is 0; it should be above 0"),
         (lambda: Machine("m", read=1, matmul=float("nan")), "matmul is nan; it should be above 0"),
         (
-            lambda: Machine("m", 1, 1, attend={(1, 64, 0, 0): -1}),
-            "attend[(1, 64, 0, 0)] is -1; it should be above 0",
+            lambda: Machine("m", 1, 1, attend={Reading(1, 64): -1}),
+            "attend[Reading(readers=1, width=64, block=0, query=0)] is -1; it should be above 0",
         ),
         (
             lambda: Machine("m", 1, 1, launch={"basis": -1}),
@@ -170,12 +170,12 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: machine.measure("cpu", repeats=0), "repeats is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", rows=(0,)), "rows is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", megabytes=0), "megabytes is 0; it should be 1 or more"),
-        (lambda: machine.measure("cpu", attend=[(0, 64, 0, 0)]), "attend is 0; it should be 1 or more"),
+        (lambda: machine.measure("cpu", attend=[Reading(0, 64)]), "attend is 0; it should be 1 or more"),
         (
-            lambda: machine.measure("cpu", attend=[(1, 64, 48, 8)]),
-            "attend has (1, 64, 48, 8); a block should be 0",
+            lambda: machine.measure("cpu", attend=[Reading(1, 64, 48, 8)]),
+            "query=8); a block should divide 256, and",
         ),
-        (lambda: machine.measure("cpu", attend=[(1, 64, 64, 0)]), "and have queries of a width"),
+        (lambda: machine.measure("cpu", attend=[Reading(1, 64, 64)]), "and a query be 1 wide or more"),
     ],
 )
 def test_refusals(call, words):
