@@ -114,6 +114,17 @@ def test_both_ways_of_attention_agree(name, implementation):
     torch.testing.assert_close(last, expected[:, -1:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=9)])
+@pytest.mark.parametrize(("name", "form"), CASES)
+@torch.no_grad()
+def test_all_that_a_step_makes_lives_where_the_model_lives(name, form, kind):
+    """On a device without numbers: a tensor made on another, or a number asked for, would be an error there."""
+    model, ids = small(name, form).to("meta"), tiny.ids(2, 6).to("meta")
+    cache = kind(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    assert model(ids[:, 5:], past_key_values=cache).logits.device.type == "meta"
+
+
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "bloom"])
 @torch.no_grad()
 def test_attention_weights_are_handed_out(name):
