@@ -206,10 +206,7 @@ def build(model, plan: Plan, source: Source, grouped: list[list[list[int]]]):
     `grouped` holds for each layer the groups of key-value heads. ValueError as for `compress`.
     """
     if is_offloaded(model):
-        raise ValueError(
-            "the model is offloaded: give kvteach.compress a folder for the new weights; sequential conversion needs "
-            "the whole model in memory"
-        )
+        raise ValueError("the model is offloaded: give kvteach.compress a folder for the new weights")
     small = _skeleton(model, plan, source, grouped)
     weights = model.state_dict()
     small.load_state_dict({name: weights[name] for name in _kept(small)}, strict=False)
@@ -251,7 +248,7 @@ def _skeleton(model, plan: Plan, source: Source, grouped: list[list[list[int]]])
             fields["head_order"] = orders
     fields["kvteach"] = {"version": __version__, "plan": plan.as_dict(), "source": asdict(source)}
     config = config_class(**fields)
-    with torch.random.fork_rng():  # a new model draws weights, all of which are replaced
+    with torch.random.fork_rng(devices=[]):  # a new model draws weights, all of which are replaced
         small = model_class._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )

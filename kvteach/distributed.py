@@ -245,11 +245,14 @@ def _start(backend: str, timeout: float) -> dist.ProcessGroup:
     """The default group for sums, and the one for messages."""
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        messages = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        # a first sum: nccl connects when it is used, and that should fail before the work, not after
+        dist.all_reduce(torch.zeros(1, device="cuda" if backend == "nccl" else "cpu"))
+        return messages
     except RuntimeError as reason:
         rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
         raise Failed(
-            f"process {rank}: the {size} processes did not all start within {timeout:g} s"
+            f"process {rank}: the {size} processes did not all start within {timeout:g} s, or do not reach one another"
         ) from reason
 
 

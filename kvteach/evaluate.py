@@ -271,9 +271,10 @@ def _head(model) -> nn.Module:
     probe = torch.arange(min(8, model.get_input_embeddings().weight.shape[0])).unsqueeze(0).to(device(body))
     with quiet(model):
         ours = head(body(input_ids=probe, use_cache=False).last_hidden_state).nan_to_num()
-        theirs = model(
-            input_ids=probe, use_cache=False
-        ).logits.nan_to_num()  # NaN is told of later, with its window
+        theirs = model(input_ids=probe, use_cache=False).logits
+    theirs = theirs.to(
+        ours.device
+    ).nan_to_num()  # layers may lie apart; NaN is told of later, with its window
     if (ours - theirs).abs().max() > 1e-3 * theirs.abs().max():
         raise ValueError(
             f"{type(model).__name__} changes its logits after the head (by a scale or a cap), which is not supported"

@@ -45,8 +45,10 @@ class Machine:
         the system hands out fresh pages for each.
     attend : bytes of keys and values that attention reads; `read` and `matmul` say it where it is not known.
     product : sequences -> bytes of weights that a product with so many rows reads; likewise.
-    launch : seconds, of a layer with next to nothing in it: "plain", with a "basis", and with one and "blocks". 0 where
-        it is not known.
+    launch : seconds, of a layer with next to nothing in it: "plain", with a "basis", and with one and "blocks". Without
+        those of a kind, "plain" stands for it; 0 where nothing is known.
+    overlaps : True where operations are started while others still run, as on a GPU: a step then takes the longer of
+        its launches and everything else.
     memory : bytes, None when not known.
     """
 
@@ -55,6 +57,7 @@ class Machine:
     matmul: float
     copy: dict[int, float] = field(default_factory=dict)
     launch: dict[str, float] = field(default_factory=dict)
+    overlaps: bool = False
     attend: dict[Reading, float] = field(default_factory=dict)
     product: dict[int, float] = field(default_factory=dict)
     memory: float | None = None
@@ -76,7 +79,9 @@ class Machine:
         """Plain values, for JSON."""
         attend = [reading._asdict() | {"bytes": rate} for reading, rate in self.attend.items()]
         copy = [{"tensor": size, "bytes": rate} for size, rate in self.copy.items()]
-        plain = {name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "memory")}
+        plain = {
+            name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "overlaps", "memory")
+        }
         product = [{"rows": rows, "bytes": rate} for rows, rate in self.product.items()]
         return plain | {"copy": copy, "attend": attend, "product": product}
 
@@ -114,20 +119,22 @@ class Meter:
     attend : the rates at which attention reads.
     rows : the rates at which matrix products with so many rows read weights.
     fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
+    masked : attention is given a mask, as for a static cache: on a GPU that is another kernel.
     megabytes : what is read, and held meanwhile. By default 128, on a GPU 512: more than any processor's own cache.
 
     Raises
     ------
-    ValueError : a number below 1, a block that does not divide 256.
+    ValueError : a number below 1, a block without a query or a query without a block.
     """
 
     def __init__(
         self,
-        device: str | None = None,
+        device=None,
         dtype=None,
         attend: Sequence[Reading] = (Reading(1, 64),),
         rows: Sequence[int] = (1,),
         fused: bool = True,
+        masked: bool = False,
         megabytes: int | None = None,
     ):
         import torch
@@ -137,18 +144,17 @@ class Meter:
         self.device = torch.device(device or env.device())
         if megabytes is None:
             megabytes = 512 if self.device.type == "cuda" else 128
-        if odd := [
-            one for one in attend if one.block and (one.block < 0 or 256 % one.block or one.query < 1)
-        ]:
-            raise ValueError(f"attend has {odd[0]}; a block should divide 256, and a query be 1 wide or more")
+        attend = [Reading(*one) for one in attend]
+        if odd := [one for one in attend if one.block < 0 or (one.block > 0) != (one.query > 0)]:
+            raise ValueError(f"attend has {odd[0]}; block and query should both be 0, or both 1 or more")
         lowest = {"megabytes": megabytes, "attend": min(min(key[:2]) for key in attend), "rows": min(rows)}
         for name, value in lowest.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it should be 1 or more")
-        with torch.random.fork_rng():
+        with own_numbers(self.device):
             made = dict(device=self.device, dtype=dtype or torch.float32)
             self.ways = _ways(
-                torch.randn(megabytes * 2**20 // made["dtype"].itemsize, **made), attend, rows, fused
+                torch.randn(megabytes * 2**20 // made["dtype"].itemsize, **made), attend, rows, fused, masked
             )
         self.took = {name: [] for name in self.ways}
         self.turn()
@@ -160,6 +166,8 @@ class Meter:
 
         with torch.no_grad():
             for name, (way, _) in self.ways.items():
+                if name[0] == "launch":  # a layer finds the processor's caches as weights leave them
+                    timed(self.ways["read", None][0], self.device)
                 self.took[name].append(timed(way, self.device))
 
     def clear(self) -> None:
@@ -181,6 +189,7 @@ class Meter:
             read=rates["read", None],
             matmul=rates["matmul", None],
             copy=several("copy"),
+            overlaps=card is not None,
             launch={kind: 1 / rate for kind, rate in several("launch").items()},
             attend=several("attend"),
             product=several("product"),
@@ -188,46 +197,55 @@ class Meter:
         )
 
 
-def _ways(flat, attend, rows, fused: bool) -> dict[tuple, tuple[Callable, int]]:
+def _ways(flat, attend, rows, fused: bool, masked: bool) -> dict[tuple, tuple[Callable, int]]:
     """(kind, key) -> what is done, and how many bytes, FLOPs or layers that counts. All of it reads `flat`."""
     import torch
 
-    from .models.blocks import softmax_row
-
     made, size, count = dict(device=flat.device, dtype=flat.dtype), flat.itemsize, flat.numel()
     small = count < 2**22
-    side = 128 if small else 1024
+    # so large that a GPU is busy for longer than it takes to start the product
+    side = 128 if small else 4096 if flat.device.type == "cuda" else 1024
     weights = _split(flat, side * side).view(-1, side, side)
     ways = {
         ("read", None): (lambda: flat.amax(), flat.nbytes),
         ("matmul", None): (lambda: weights[0] @ weights[1], 2 * side**3),
     }
-    # a layer after something large, which leaves the processor's caches as weights do
-    for kind, tensor in zip(LAYERS, COPIED, strict=True):
+    ways |= {("launch", kind): _small_model(kind, **made) for kind in LAYERS}
+    for tensor in COPIED:
         parts = _split(flat, min(tensor // size, count))  # so many that none stays in the processor
         lengthen = lambda parts=parts: [torch.cat([part, part[:64]]) for part in parts]  # noqa: E731
         ways["copy", tensor] = (lengthen, parts.nbytes)
-        ways["launch", kind] = _small_model(kind, **made)
     for number in sorted(set(rows)):
         states = torch.randn(number, side, **made)
         product = lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights]  # noqa: E731
         ways["product", number] = (product, weights.nbytes)
-    attention = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
     for reading in sorted(set(attend)):
-        t, width, block, wide = reading
-        tokens = 256 if small else 8192
-        heads = max(count // (2 * tokens * width), 1)
-        keys, values = flat[: 2 * heads * tokens * width].view(2, heads, 1, tokens, width)
-        if block:
-            query, maps = torch.randn(heads, t, 1, wide, **made), torch.randn(t, wide, width, **made)
-            turns = torch.ones(2, tokens // block, wide, device=flat.device)
-            asked = query, keys, maps, *turns, block
-            way = lambda asked=asked, values=values: softmax_row(*asked).to(values.dtype) @ values  # noqa: E731
-        else:
-            query = torch.randn(heads, 1, t, width, **made)
-            way = lambda query=query, keys=keys, values=values: attention(query, keys, values)  # noqa: E731
-        ways["attend", reading] = (way, keys.nbytes + values.nbytes)
+        ways["attend", reading] = _attention(flat, reading, 255 if small else 8191, fused, masked)
     return ways
+
+
+def _attention(flat, reading: Reading, tokens: int, fused: bool, masked: bool) -> tuple[Callable, int]:
+    """Attention of one new token over as many cached heads as `flat` holds, and the bytes of their keys and values.
+
+    Their tokens end within a block, as those of most caches do.
+    """
+    import torch
+
+    from .models.blocks import softmax_row
+
+    made = dict(device=flat.device, dtype=flat.dtype)
+    t, width, block, wide = reading
+    heads = max(flat.numel() // (2 * tokens * width), 1)
+    keys, values = flat[: 2 * heads * tokens * width].view(2, heads, 1, tokens, width)
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool, device=flat.device) if masked else None
+    if block:
+        query, maps = torch.randn(heads, t, 1, wide, **made), torch.randn(t, wide, width, **made)
+        turns = torch.ones(2, -(-tokens // block), wide, device=flat.device)
+        row = lambda: softmax_row(query, keys, maps, *turns, block, mask)  # noqa: E731
+        return lambda: row().to(flat.dtype) @ values, keys.nbytes + values.nbytes
+    attention = torch.nn.functional.scaled_dot_product_attention if fused else _unfused
+    query = torch.randn(heads, 1, t, width, **made)
+    return lambda: attention(query, keys, values, mask), keys.nbytes + values.nbytes
 
 
 def _split(flat, size: int):
@@ -235,9 +253,10 @@ def _split(flat, size: int):
     return flat[: len(flat) // size * size].view(-1, size)
 
 
-def _unfused(query, keys, values):
-    """Attention in three operations: [heads, 1, t, d], [heads, 1, tokens, d] twice -> [heads, 1, t, d]."""
-    return (query @ keys.mT).softmax(-1) @ values
+def _unfused(query, keys, values, mask):
+    """Attention in four operations: [heads, 1, t, d], [heads, 1, tokens, d] twice -> [heads, 1, t, d]."""
+    scores = query @ keys.mT
+    return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ values
 
 
 def _small_model(kind: str, device, dtype) -> tuple[Callable, int]:
@@ -268,9 +287,17 @@ def timed(way: Callable, device) -> float:
         return time.perf_counter() - start
     import torch
 
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    way()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):  # events count on the stream of the current one
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        way()
+        end.record()
+        end.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+def own_numbers(device):
+    """A context whose random numbers leave the generators as they were."""
+    import torch
+
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

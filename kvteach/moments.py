@@ -293,11 +293,14 @@ class Moments:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
 
         def summed(tensor: Tensor) -> Tensor:
-            there = tensor.to(device, copy=True)
-            dist.all_reduce(there)
-            return there.cpu()
+            out = torch.empty_like(tensor)
+            for layer, mine in enumerate(tensor):  # of a large model a kind is gigabytes, beside its weights
+                there = mine.to(device, copy=True)
+                dist.all_reduce(there)
+                out[layer] = there
+            return out
 
-        count = int(summed(torch.tensor(self.count)))
+        count = int(summed(torch.tensor([self.count])))
         total = {kind: summed(self.total[kind]) for kind in sorted(self.total)}
         gram = {kind: summed(self.gram[kind]) for kind in sorted(self.gram)}
         weight, weighed = [self.weight], [other[2] for other in everyone]

@@ -9,6 +9,8 @@ One step reads every weight once, and the keys and values of every sequence. Wit
 
     T = weights + attention + copy + launch seconds,       batch / T tokens a second
 
+where operations start while others run, as on a GPU, launch is only what is longer than all the rest.
+
 `read` is what the memory gives. `attend` is what attention gets of it: how fast it reads keys and values when t = h / g
 query heads read each cached head, at once or in blocks, for each of which a query is turned and mapped. `product` is
 what a matrix product with one row for each sequence gets. On a CPU both fall as t or the batch grows: narrow products
@@ -50,7 +52,7 @@ def seconds(
 
     Returns
     -------
-    "weights", "attention", "copy" and "launch", in seconds.
+    "weights", "attention", "copy" and "launch", in seconds; of launches what the others do not cover.
     """
     work = cost.flops(shape, new=1, cached=cached)
     once = cost.flops(replace(shape, key_block=None), new=1, cached=cached)["basis"]
@@ -61,14 +63,15 @@ def seconds(
     def part(size, flops, known):
         return size / known if known else max(size / machine.read, flops / machine.matmul)
 
-    kind = "blocks" if shape.key_block else "basis" if shape.form in ("G", "R") else "plain"
-    return {
+    taken = {
         "weights": part(moved["weights"], batch * (once + sum(work.values())), machine.product.get(batch)),
         "attention": part(moved["cache"], attention, machine.attend.get(reading(shape))),
         # a layer's keys are one tensor, its values another
         "copy": grows * moved["cache"] / machine.copies(moved["cache"] / shape.layers / 2),
-        "launch": shape.layers * machine.launch.get(kind, 0),
     }
+    kind = "blocks" if shape.key_block else "basis" if shape.form in ("G", "R") else "plain"
+    launch = shape.layers * machine.launch.get(kind, machine.launch.get("plain", 0))
+    return taken | {"launch": max(launch - sum(taken.values()), 0) if machine.overlaps else launch}
 
 
 def reading(shape: cost.Shape) -> Reading:

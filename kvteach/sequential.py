@@ -66,6 +66,11 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
         whose angles change with the length of the text; a file at `path` of another model, text or plan.
     """
     ids = checked_ids(model, windows)
+    if len({weight.device for weight in model.parameters()}) > 1:
+        raise ValueError(
+            "the layers lie on several devices, or are offloaded; layer by layer a model is converted on one: load it "
+            "on one, or leave sequential out"
+        )
     plan = replace(plan, sequential=True)
     source = Source.of(model)
     groups, *_ = plan.layout(source)
@@ -89,7 +94,7 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
         done = kept.load(x, y, after)
         bar.update(done * len(ids))
         for layer in range(done, source.layers):
-            grams, queries = [torch.zeros((), dtype=torch.float64, device=x.device)] * groups, 0
+            grams, queries = [_empty(group, source, x.device) for group in heads], 0
             # Only here, so that both streams go on through the same kind of attention, rounded alike.
             with observe(model, lambda layer, found: seen.append(found), attention=True):
                 for row in range(len(ids)):
@@ -98,7 +103,7 @@ def compress(model, windows, plan: Plan, path=None, progress: bool = True):
                     queries = queries + _queries(found, block, turns)
                     for number, group in enumerate(heads):
                         reading = readers_of(group, source.query_heads // source.kv_heads)
-                        grams[number] = grams[number] + _grams(found, group, reading, block, turns)
+                        _add(grams[number], found, group, reading, block, turns)
                     bar.update()
             attention = read(before[layer])
             bases, decoders = _bases([gram.cpu() for gram in grams], queries.cpu(), attention, plan, source)
@@ -116,17 +121,25 @@ def _queries(found: Activations, block: int | None, turns: Tensor | None) -> Ten
     return queries_in_blocks(queries, found.attention[0], block, turns)
 
 
-def _grams(found: Activations, group: list[int], reading: list[int], block: int | None, turns) -> Tensor:
-    """G_j of keys and of values for each query head that reads the group: [readers, 2, t · d_h, t · d_h]."""
+def _empty(group: list[int], source: Source, device) -> Tensor:
+    """Zeros for the G_j of keys and of values of each query head that reads the group."""
+    readers, width = len(group) * (source.query_heads // source.kv_heads), len(group) * source.head_dim
+    return torch.zeros(readers, 2, width, width, dtype=torch.float64, device=device)
+
+
+def _add(
+    grams: Tensor, found: Activations, group: list[int], reading: list[int], block: int | None, turns
+) -> None:
+    """Add those of one window, in place: with one group they are the largest that is held."""
     keys, values = found.keys_post[0, group], wide(found.values[0, group])  # [tokens, t · d_h]
     if block is not None:
         keys = rotate(found.keys_pre[0, group], torch.arange(len(values)) % block, turns)
     keys = wide(keys)
-    pairs = []
-    for weights in found.attention[0, reading].unsqueeze(1):  # [1, tokens, tokens]
-        spread_keys = spread(keys, weights) if block is None else spread_in_blocks(keys, weights, block)
-        pairs.append(torch.stack([spread_keys, handed_on(values, weights)]))
-    return torch.stack(pairs)
+    for gram, weights in zip(
+        grams, found.attention[0, reading].unsqueeze(1), strict=True
+    ):  # [1, tokens, tokens]
+        gram[0] += spread(keys, weights) if block is None else spread_in_blocks(keys, weights, block)
+        gram[1] += handed_on(values, weights)
 
 
 def _bases(grams: list[Tensor], queries: Tensor, attention: Attention, plan: Plan, source: Source):

@@ -23,7 +23,7 @@ import datetime
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import median, quantiles
@@ -36,13 +36,15 @@ from . import convert, cost, roofline, sizes
 from .activations import quiet
 from .env import bars_off
 from .grouping import by_order
-from .machine import Machine, Meter, timed
+from .machine import Machine, Meter, own_numbers, timed
 from .memory import Made, Peak, free
 from .plan import Plan
 
 CACHES = ("static", "dynamic")
 PATIENCE = 5  # seconds of one prefill, as predicted, above which random keys and values take its place
 PREFILLS = 3
+NO_ROOM = MemoryError, torch.OutOfMemoryError
+SAID = "out of memory", "can't allocate memory", "not enough memory", "alloc_failed"
 
 
 def shaped(model, plan: Plan | int):
@@ -105,7 +107,7 @@ def sweep(
     check(contexts, batches, cache, steps, repeats)
     _comparable(models)
     first = next(iter(models.values()))
-    meter = _Known(machine) if machine else _meter(models, batches)
+    meter = _Known(machine) if machine else _meter(models, batches, cache)
     points = [(context, batch) for context in contexts for batch in batches]
     rows = []
     for context, batch in tqdm(points, "decoding", disable=not progress or bars_off()):
@@ -144,14 +146,13 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _meter(models: dict, batches) -> Meter:
+def _meter(models: dict, batches, cache: str) -> Meter:
     """For the rates that these models need."""
     first = next(iter(models.values()))
     shapes = [cost.Shape.from_config(model.config) for model in models.values()]
     attend = [roofline.reading(one) for one in shapes]
-    return Meter(
-        first.device.type, first.dtype, attend, batches, first.config._attn_implementation != "eager"
-    )
+    fused = first.config._attn_implementation != "eager"
+    return Meter(first.device, first.dtype, attend, batches, fused, masked=cache == "static")
 
 
 @dataclass
@@ -215,7 +216,8 @@ class _Point:
                 with _out_of_memory(rows, runs, name):
                     act(runs[name], turn)
             if act is _Run.decode:
-                self.meter.turn()
+                with suppress(*NO_ROOM):  # the rates of the turns before stand
+                    self.meter.turn()
 
     def _about(self, name: str, model) -> dict:
         shape = cost.Shape.from_config(model.config)
@@ -267,7 +269,8 @@ class _Run:
 
     def __init__(self, model, ids: Tensor, point: _Point):
         self.model, self.ids, self.point = model, ids, point
-        self.shape, self.peak = cost.Shape.from_config(model.config), Peak(model.device)
+        self.shape = cost.Shape.from_config(model.config)
+        self.peak, self.before = Peak(model.device), Peak(model.device)  # of a step, and of the prefill
         self.turns: list[list[float]] = []
         self.prefills: list[float] = []
         self.firsts: list[float] = []
@@ -283,10 +286,10 @@ class _Run:
         self._room()
         self.past = self._empty()
         if not by_text:
-            with torch.random.fork_rng():
+            with own_numbers(self.model.device):
                 self._draw()
             return
-        with self.peak:
+        with self.before:
             self._prefill()
 
     def _room(self) -> None:
@@ -346,6 +349,8 @@ class _Run:
         )
         cache = sum(tensor.nbytes for tensor in tensors)
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        # the prefill made the cache as well
+        beyond = max(self.peak.bytes or 0, (self.before.bytes or 0) - cache)
         middle = median(every)
         return {
             "prefill_seconds": median(self.prefills) if self.prefills else None,
@@ -356,7 +361,7 @@ class _Run:
             "tokens_per_second": self.point.batch / middle,
             "cache_bytes": cache,
             "cache_tokens": slots,
-            "peak_bytes": None if self.peak.bytes is None else weights + cache + self.peak.bytes,
+            "peak_bytes": None if self.peak.bytes is None else weights + cache + beyond,
             "expands": made.largest(slots) > max(largest, scores),
         }
 
@@ -373,13 +378,11 @@ def _out_of_memory(rows: dict, runs: dict, name: str) -> Iterator[None]:
     try:
         yield
         return
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except NO_ROOM as error:
         said = str(error)
-    except RuntimeError as error:  # the CPU's allocator has no class of its own
+    except RuntimeError as error:  # the CPU's allocator has no class of its own, nor have CUDA's libraries
         said = str(error)
-        if not any(
-            words in said.lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
-        ):
+        if not any(words in said.lower() for words in SAID):
             raise
     # out here the traceback, which holds the tensors, is gone
     rows[name]["error"] = f"out of memory: {' '.join(said.split())[:120]}" if said else "out of memory"

@@ -22,6 +22,7 @@ import kvteach
 from kvteach import cost
 from kvteach.calibration import calibrate
 from kvteach.convert import compress
+from kvteach.memory import Made
 from kvteach.plan import Plan
 
 FORMS = {
@@ -210,6 +211,22 @@ def test_no_step_of_decoding_makes_the_cache_larger(name, form):
         model(tiny.ids(1, 1), past_key_values=cache)
     largest = max(layer.keys.numel() for layer in cache.layers)
     assert seen.numel == largest < tokens * 4 * 16
+
+
+@pytest.mark.parametrize("slots", [224, 230], ids=["whole blocks", "a block begun"])
+@pytest.mark.parametrize("form", ["G", "R", "blocks"])
+@torch.no_grad()
+def test_a_step_on_a_static_cache_copies_no_keys(form, slots):
+    model = small("llama-gqa", form)
+    if form == "blocks":  # so long that fewer queries than keys are made
+        model.config.key_block = 16
+        for layer in model.model.layers:
+            layer.self_attn.block = 16
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    model(tiny.ids(2, 210), past_key_values=cache)
+    with Made() as made:
+        model(tiny.ids(2, 1), past_key_values=cache)
+    assert max(size for _, size in made.shapes) < min(layer.keys.nbytes for layer in cache.layers)
 
 
 # -- generate -----------------------------------------------------------------------------------------------

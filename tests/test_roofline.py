@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvteach import cost, machine, roofline
 from kvteach.machine import DATASHEETS, Machine, Reading
+from kvteach.memory import Made
 from kvteach.roofline import PAPER, fit, implied, seconds
 
 SHAPE = cost.Shape(layers=3, hidden=64, query_heads=8, kv_heads=8, head_dim=8, intermediate=96, vocab=50)
@@ -53,6 +54,24 @@ def test_blocks_have_rates_of_their_own_and_map_their_queries_once_each():
     maps = 2 * 3 * 3 * 8 * 8 * 8  # FLOPs: batch · layers · query heads · d_h · d_h, of one block
     assert found["attention"] == pytest.approx(plain["attention"] + 2 * maps / PLAIN.matmul)
     assert found["weights"] == plain["weights"]
+
+
+def test_launches_that_run_ahead_count_only_beyond_the_rest():
+    launch = {"plain": 1e-3, "basis": 2e-3}
+    for form, each in (("S", 1e-3), ("G", 2e-3), ("R", 2e-3)):
+        shape = SHAPE.compress(2, form, *((4, 4) if form == "R" else ()))
+        rest = seconds(PLAIN, shape, 5)
+        assert rest["launch"] == 0
+        found = seconds(replace(PLAIN, launch=launch), shape, 5)
+        assert found == rest | {"launch": 3 * each}
+        found = seconds(replace(PLAIN, launch=launch, overlaps=True), shape, 5)
+        assert sum(found.values()) == pytest.approx(max(3 * each, sum(rest.values())))
+        slow = replace(PLAIN, read=1e5, launch=launch, overlaps=True)
+        assert seconds(slow, shape, 5)["launch"] == 0
+    blocks = replace(SHAPE.compress(2, "G"), key_block=5)
+    assert (
+        seconds(replace(PLAIN, launch={"plain": 1e-3}), blocks, 5)["launch"] == 3e-3
+    )  # stands for the others
 
 
 @pytest.mark.parametrize("batch, cached", [(1, 10), (64, 1000)])
@@ -145,6 +164,16 @@ def test_a_machine_measured_in_small(fused, dtype):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_each_kind_of_layer_has_its_own_small_operations():
+    made = {}
+    for kind in machine.LAYERS:
+        step, layers = machine._small_model(kind, torch.device("cpu"), torch.float32)
+        with torch.no_grad(), Made() as made[kind]:
+            step()
+        assert layers == 4
+    assert len(made["plain"].shapes) < len(made["basis"].shapes) < len(made["blocks"].shapes)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -171,11 +200,12 @@ def test_a_machine_measured_in_small(fused, dtype):
         (lambda: machine.measure("cpu", rows=(0,)), "rows is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", megabytes=0), "megabytes is 0; it should be 1 or more"),
         (lambda: machine.measure("cpu", attend=[Reading(0, 64)]), "attend is 0; it should be 1 or more"),
+        (lambda: machine.measure("cpu", attend=[Reading(1, 64, -1, 8)]), "query=8); block and query should"),
+        (lambda: machine.measure("cpu", attend=[(1, 64, 64)]), "block=64, query=0); block and query should"),
         (
-            lambda: machine.measure("cpu", attend=[Reading(1, 64, 48, 8)]),
-            "query=8); a block should divide 256, and",
+            lambda: machine.measure("cpu", attend=[Reading(1, 64, 0, 8)]),
+            "should both be 0, or both 1 or more",
         ),
-        (lambda: machine.measure("cpu", attend=[Reading(1, 64, 64)]), "and a query be 1 wide or more"),
     ],
 )
 def test_refusals(call, words):

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvteach import sequential
 from kvteach.activations import attention_modules
@@ -194,3 +195,12 @@ def test_a_repeated_token_gives_finite_weights():
     model = tiny.MODELS["llama-gqa"]()
     small = sequential.compress(model, torch.full((2, 8), 5), Plan(kv_ratio=0.5), progress=False)
     assert all(torch.isfinite(weight).all() for weight in small.parameters())
+
+
+def test_layers_on_several_devices_are_refused():
+    """Two GPUs that PyTorch only imagines."""
+    model = tiny.MODELS["llama-gqa"]()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.model.layers[2].mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="cuda:1"))
+    with pytest.raises(ValueError, match=r"several devices, or are offloaded; .* load it on one"):
+        sequential.compress(model, WINDOWS, Plan(kv_heads=1), progress=False)

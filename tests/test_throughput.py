@@ -125,6 +125,7 @@ def out_of_memory(kind, words):
     [
         (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 GiB"),
         (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         (MemoryError, ""),
     ],
 )
@@ -143,6 +144,39 @@ def test_out_of_memory_is_a_row_and_the_sweep_goes_on(monkeypatch, kind, words, 
     assert rows["small", 2]["speedup"] > 0
     assert "out of memory" in throughput.table(found)
     json.dumps(found)
+
+
+def test_rates_stand_where_there_is_no_room_to_measure_them_again(monkeypatch):
+    class Full(Meter):
+        turns = 0
+
+        def turn(self):
+            Full.turns += 1
+            if Full.turns > 2:  # to warm up, and before the first point is measured
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().turn()
+
+    monkeypatch.setattr(throughput, "Meter", functools.partial(Full, megabytes=1))
+    rows = throughput.sweep(pair(), [4], [2], prefill=False, **FEW | {"machine": None})["rows"]
+    assert Full.turns > 2 and all(row["predicted"] > 0 and "error" not in row for row in rows)
+
+
+def test_a_prefill_that_makes_the_cache_does_not_count_it_twice(monkeypatch):
+    class Told(Peak):
+        made = 0
+
+        def __init__(self, device):
+            super().__init__(device)
+            Told.made += 1
+            self.told = 7 if Told.made % 2 else 5 * 10**9  # of a step, then of the prefill
+
+        def __exit__(self, *error):
+            self.bytes = self.told
+
+    monkeypatch.setattr(throughput, "Peak", Told)
+    for prefill, beyond in ((True, 5 * 10**9), (False, None)):
+        for row in throughput.sweep(pair(), [4], [2], prefill=prefill, **FEW)["rows"]:
+            assert row["peak_bytes"] == row["weight_bytes"] + (beyond or row["cache_bytes"] + 7)
 
 
 def test_what_cannot_fit_is_not_tried(monkeypatch):

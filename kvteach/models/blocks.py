@@ -44,6 +44,61 @@ def unit(cos: Tensor, sin: Tensor) -> Angles:
     return cos / size, sin / size
 
 
+class Turns:
+    """The angles of one pass through a model: all layers turn alike, so each is found once, on each device.
+
+    Parameters
+    ----------
+    rotary : as for `angles`. slots : of the new tokens, [n]. block : tokens of a block.
+    """
+
+    def __init__(self, rotary, slots: Tensor, block: int):
+        self.rotary, self.slots, self.block, self.found = rotary, slots, block, {}
+
+    def keys(self, x: Tensor) -> Angles:
+        """Of new keys within their blocks, [n, d_h]."""
+        return self._once("keys", x, lambda slots: angles(self.rotary, x, slots, self._start(slots)))
+
+    def queries(self, x: Tensor) -> Angles:
+        """Of new queries that read keys which were rebuilt, [n, d_h]."""
+        return self._once("queries", x, lambda slots: angles(self.rotary, x, slots))
+
+    def stored(self, x: Tensor, cached: int) -> Angles:
+        """Of `cached` keys by the start of their block, [cached, d_h]."""
+
+        def find(slots):
+            first = (slots[-1] + 1 - cached).clamp(min=0)  # above 0 where a sliding window has dropped tokens
+            stored = first + torch.arange(cached, device=x.device)
+            return unit(*angles(self.rotary, x, self._start(stored)))
+
+        return self._once(("stored", cached), x, find)
+
+    def asked(self, x: Tensor, cached: int) -> Angles:
+        """Of one new query for each block of `cached` keys, [blocks, d_h]."""
+
+        def find(slots):
+            return angles(self.rotary, x, slots, torch.arange(0, cached, self.block, device=x.device))
+
+        return self._once(("asked", cached), x, find)
+
+    def _start(self, slots: Tensor) -> Tensor:
+        return slots - slots % self.block
+
+    def _once(self, what, x: Tensor, find) -> Angles:
+        key = what, x.device
+        if key not in self.found:
+            self.found[key] = find(self.slots.to(x.device))
+        return self.found[key]
+
+
+def turns_of(rotary, new: int, past_key_values, block: int, device) -> Turns:
+    """Those of `new` tokens behind what the cache holds."""
+    past = (
+        0 if past_key_values is None else past_key_values.get_seq_length()
+    )  # a tensor, if the cache is static
+    return Turns(rotary, past + torch.arange(new, device=device), block)
+
+
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE with these angles, rounded once: [..., n or 1, d_h] -> [..., n, d_h]."""
     return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)
@@ -79,9 +134,10 @@ def softmax_row(
     query = query.flatten(1, 2) @ maps  # [h, batch · blocks, r_k]
     query = query.unflatten(1, (batch, -1)).unflatten(0, (groups, -1))  # [g, h/g, batch, blocks, r_k]
     scores = _products(latent, query.permute(2, 0, 3, 4, 1), block).mT  # [batch, g, h/g, cached]
-    if mask is not None:  # the scores are new, so they may be written over
-        hidden = mask[..., :cached]
-        scores = scores.masked_fill_(~hidden, -torch.inf) if mask.dtype == torch.bool else scores.add_(hidden)
+    if mask is not None:
+        mask = mask[..., :cached]
+        # the scores are new, so they may be written over; a mask that is added may be of a wider dtype
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return functional.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -98,13 +154,13 @@ def _products(latent: Tensor, query: Tensor, block: int) -> Tensor:
     if whole:
         read = latent[:, :, : whole * block].unflatten(2, (whole, block))  # [batch, g, blocks, m, r]
         asked = query[:, :, :whole]
-        if latent.device.type == "cpu":
+        if latent.device.type == "cpu" and not read.is_contiguous():
             rows = zip(read, asked, strict=True)
             found = [one @ other for row in rows for one, other in zip(*row, strict=True)]
             found = torch.stack(found).unflatten(0, read.shape[:2])
         else:
-            found = read @ asked
+            found = read @ asked.mT.contiguous().mT  # r side by side in memory
         parts.append(found.flatten(2, 3))
     if rest:
         parts.append(latent[:, :, whole * block :] @ query[:, :, -1])
-    return torch.cat(parts, 2)
+    return torch.cat(parts, 2) if whole and rest else parts[0]

@@ -42,7 +42,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from .blocks import angles, rebuilt, softmax_row, turned, unit
+from .blocks import rebuilt, softmax_row, turned, turns_of
 
 
 class KvteachLlamaConfig(LlamaConfig):
@@ -112,18 +112,18 @@ class _SmallCache:
         position_embeddings=None,
         attention_mask=None,
         past_key_values=None,
+        turns=None,
         **kwargs,
     ):
-        """As transformers' own; the cache gets [batch, g, tokens, r]."""
+        """As transformers' own; the cache gets [batch, g, tokens, r]. `turns` are those of the whole pass, if any."""
         shape = hidden_states.shape[:-1]  # [batch, tokens]
         # [batch, tokens, heads · width] -> [batch, heads, tokens, width]
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, self.groups, -1).transpose(1, 2)
         if self.block:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-            slots = past + torch.arange(shape[1], device=query.device)  # `past` of a static cache is a tensor
-            key = turned(key, *angles(self.rotary, key, slots, self._start(slots)))
+            turns = turns or turns_of(self.rotary, shape[1], past_key_values, self.block, key.device)
+            key = turned(key, *turns.keys(key))
         else:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
             query = torch.einsum("bhld,hdr->bhlr", query, self.q_map)
@@ -138,10 +138,10 @@ class _SmallCache:
         ours = implementation in ("eager", "sdpa")
         folded, heads = shape[1] == 1 and ours, self.q_map.shape[0] // self.groups
         if self.block and folded and window is None:
-            return self._decode(query, key, value, attention_mask, slots)
+            return self._decode(query, key, value, attention_mask, turns.asked(query, key.shape[2]))
         if self.block:
-            query = turned(query, *angles(self.rotary, query, slots))
-            key = self._rebuilt(key, slots)  # [batch, h, …, d_h] both
+            query = turned(query, *turns.queries(query))
+            key = rebuilt(key, self.q_map, *turns.stored(key, key.shape[2]))  # [batch, h, …, d_h] both
             value, folded = repeat_kv(value, heads), False
             # kernels that do not form all scores want one width
             wide = max(self.head_dim, self.value_rank)
@@ -168,21 +168,8 @@ class _SmallCache:
             weights = None if weights is None else weights.flatten(1, 2).unsqueeze(2)
         return self.o_proj(output.reshape(*shape, -1)), weights
 
-    def _start(self, slots: Tensor) -> Tensor:
-        """Where the blocks of these slots start."""
-        return slots - slots % self.block
-
-    def _rebuilt(self, latent: Tensor, slots: Tensor) -> Tensor:
-        """The keys that each query head reads, after RoPE: [batch, g, cached, r_k] -> [batch, h, cached, d_h]."""
-        cached = latent.shape[2]
-        first = (slots[-1] + 1 - cached).clamp(min=0)  # above 0 where a sliding window has dropped tokens
-        stored = first + torch.arange(cached, device=latent.device)
-        return rebuilt(latent, self.q_map, *unit(*angles(self.rotary, latent, self._start(stored))))
-
-    def _decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, slots: Tensor):
+    def _decode(self, query: Tensor, latent: Tensor, value: Tensor, mask: Tensor | None, turns):
         """One token reads the blocks where they lie: as `forward` returns. Query [batch, h, 1, d_h], before RoPE."""
-        starts = torch.arange(0, latent.shape[2], self.block, device=latent.device)
-        turns = angles(self.rotary, query, slots, starts)  # [blocks, d_h]
         row = softmax_row(query * self.scaling, latent, self.q_map, *turns, self.block, mask).to(value.dtype)
         row = functional.dropout(row, self.attention_dropout, self.training)
         output = row @ value  # [batch, g, h/g, r_v]
@@ -225,6 +212,9 @@ class _SmallCacheBody:
                 raise ValueError(
                     "position_ids jump; this small cache counts its slots, so they must rise by one from token to token"
                 )
+        if block := self.config.key_block:
+            new = input_ids if inputs_embeds is None else inputs_embeds
+            kwargs["turns"] = turns_of(self.rotary_emb, new.shape[1], past_key_values, block, new.device)
         reach = (self.config.kvteach or {}).get("reach")
         if reach is not None and not torch.compiler.is_compiling():
             new = input_ids if inputs_embeds is None else inputs_embeds
