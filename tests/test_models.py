@@ -226,7 +226,7 @@ def test_a_step_on_a_static_cache_copies_no_keys(form, slots):
     model(tiny.ids(2, 210), past_key_values=cache)
     with Made() as made:
         model(tiny.ids(2, 1), past_key_values=cache)
-    assert max(size for _, size in made.shapes) < min(layer.keys.nbytes for layer in cache.layers)
+    assert 2 * max(size for _, size in made.shapes) < min(layer.keys.nbytes for layer in cache.layers)
 
 
 # -- generate -----------------------------------------------------------------------------------------------
