@@ -18,7 +18,7 @@ from .attended import handed_on, queries_in_blocks, spread, spread_in_blocks, wi
 from .bases import reads
 from .cost import BLOCK
 from .env import bars_off
-from .moments import ATTENDED, IN_BLOCKS, PLAIN, Moments, Source
+from .moments import ATTENDED, IN_BLOCKS, PLAIN, WEIGHTS, Moments, Source
 from .offload import device
 from .rope import from_config, has_fixed_turns, rotate
 
@@ -52,7 +52,7 @@ def calibrate(
     fresh = Moments.zeros(moments.source, tuple(moments.gram))
     if path is not None and Path(path).expanduser().exists():
         moments, done = _resume(path, moments, asked)
-    moments.weight = moments.weight or _weights(model)
+    moments.weight = moments.weight or _weights(model, _kinds(moments.source, model.config, attention))
     batches, no_bar = ids.split(batch), not progress or bars_off()
     saved, cost, whole = time.monotonic(), 0.0, True
     try:
@@ -78,10 +78,15 @@ def calibrate(
 def empty(model, attention: bool | str = False) -> Moments:
     """The moments of no tokens, of the kinds that `calibrate` sums."""
     source = Source.of(model)
+    return Moments.zeros(source, _kinds(source, model.config, attention))
+
+
+def _kinds(source: Source, config, attention: bool | str) -> tuple[str, ...]:
+    """What `calibrate` makes of a model."""
     if isinstance(attention, str):
-        return Moments.zeros(source, reads(attention, source.rotates))
-    in_blocks = IN_BLOCKS if source.rotates and has_fixed_turns(model.config) else ()
-    return Moments.zeros(source, PLAIN + (ATTENDED + in_blocks if attention else ()))
+        return reads(attention, source.rotates)
+    in_blocks = IN_BLOCKS if source.rotates and has_fixed_turns(config) else ()
+    return PLAIN + (ATTENDED + in_blocks if attention else ()) + WEIGHTS
 
 
 def token_ids(windows) -> Tensor:
@@ -116,15 +121,17 @@ def _resume(path, empty: Moments, asked: dict) -> tuple[Moments, int]:
     return moments, done
 
 
-def _weights(model) -> dict[str, Tensor]:
-    """The kinds of `kvteach.moments.WEIGHTS`. The rows of `read` are the columns of x W."""
-    found = {"keys_weight": [], "values_weight": [], "outputs_weight": []}
-    for module in attention_modules(model):
+def _weights(model, kinds: Container[str]) -> dict[str, Tensor]:
+    """Those of `kinds` that belong to the weights. The rows of `read` are the columns of x W."""
+    found = {kind: [] for kind in WEIGHTS if kind in kinds}
+    for module in attention_modules(model) if found else ():
         weights = read(module)
-        for kind, weight in (("keys_weight", weights.key), ("values_weight", weights.value)):
-            rows = weight.flatten(0, 1)  # [kv heads * d_h, hidden]
-            found[kind].append(rows @ rows.T)
-        found["outputs_weight"].append(weights.output @ weights.output.mT)  # [heads, d_h, d_h]
+        sides = {"keys_weight": weights.key, "values_weight": weights.value, "outputs_weight": weights.output}
+        for kind, layers in found.items():
+            side = (
+                sides[kind] if kind == "outputs_weight" else sides[kind].flatten(0, 1)
+            )  # [kv heads · d_h, hidden]
+            layers.append(side @ side.mT)  # of W_O heads apart: [heads, d_h, d_h]
     return {kind: torch.stack(layers) for kind, layers in found.items()}
 
 

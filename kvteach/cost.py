@@ -274,12 +274,12 @@ def moments_bytes(shape: Shape, kinds: Sequence[str]) -> dict[str, int]:
     of the model's own weights.
     """
     kv, apart = shape.kv_heads * shape.head_dim, shape.query_heads * shape.head_dim**2
-    width = shape.query_heads * shape.head_dim
-    sums = 0
+    width, numbers = shape.query_heads * shape.head_dim, {"sums": 0, "weights": 0}
     for kind in kinds:
-        gram, total = (apart, width) if kind.startswith("queries") else (kv**2, kv)
-        sums += gram if kind.endswith(("attended", "in_blocks")) else gram + total
-    return {"sums": 8 * shape.layers * sums, "weights": 8 * shape.layers * (2 * kv**2 + apart)}
+        gram, total = (apart, width) if kind.startswith(("queries", "outputs")) else (kv**2, kv)
+        alone = kind.endswith(("attended", "in_blocks", "weight"))  # without a mean
+        numbers["weights" if kind.endswith("weight") else "sums"] += gram if alone else gram + total
+    return {part: 8 * shape.layers * count for part, count in numbers.items()}
 
 
 def calibration_flops(shape: Shape, tokens: int, kinds: Sequence[str]) -> dict[str, int]:
@@ -312,7 +312,7 @@ def calibration_flops(shape: Shape, tokens: int, kinds: Sequence[str]) -> dict[s
     return {
         "forward": sum(flops(shape, new=tokens, logits=0).values()),
         "attended": shape.layers * heads * reading * 2 * tokens**2 * kv,
-        "grams": shape.layers * 2 * sum(each[kind] for kind in kinds),
+        "grams": shape.layers * 2 * sum(each[kind] for kind in kinds if not kind.endswith("weight")),
     }
 
 

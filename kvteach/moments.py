@@ -123,10 +123,10 @@ class Moments:
 
     @classmethod
     def zeros(cls, source: Source, kinds: Sequence[str] = PLAIN) -> "Moments":
-        """Moments of no tokens; `kvteach.calibration.empty` knows the kinds of a model."""
+        """Moments of no tokens; `kvteach.calibration.empty` knows the kinds of a model. `WEIGHTS` are left out."""
         layers, heads, width = source.layers, source.query_heads, source.kv_heads * source.head_dim
         total, gram = {}, {}
-        for kind in kinds:
+        for kind in (kind for kind in kinds if kind not in WEIGHTS):
             queries = kind.startswith("queries")
             shape = (heads, source.head_dim, source.head_dim) if queries else (width, width)
             gram[kind] = torch.zeros(layers, *shape, dtype=torch.float64)
@@ -171,7 +171,11 @@ class Moments:
         """
         held = self.gram | self.weight
         if kind not in held:
-            hint = "; calibrate with attention=True for it" if kind in PLAIN + ATTENDED + IN_BLOCKS else ""
+            hint = (
+                "; calibrate with attention=True for it"
+                if kind in PLAIN + ATTENDED + IN_BLOCKS + WEIGHTS
+                else ""
+            )
             raise ValueError(f"no moments of {kind!r}, only of {', '.join(held)}{hint}")
         self._check_layer(kind, layer)
         return self.weight[kind][layer] if kind in self.weight else self.gram[kind][layer] / self.count

@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,11 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     if "device_map" not in from_pretrained:
         model = model.to(device or env.device())
+    if model.device.type == "cuda" and str(model.dtype) == "torch.bfloat16" and not env.has_bf16():
+        warnings.warn(
+            f"this GPU has no bfloat16 and is many times slower with it: load {str(name)!r} with dtype='float16'",
+            stacklevel=2,
+        )
     return model, tokenizer  # from_pretrained has put it into eval mode
 
 

@@ -107,7 +107,7 @@ def test_moments_and_their_flops_are_what_calibration_has(model, attention):
     length = BLOCK + 6  # a block, and a part of one
     shape, tokens = Shape.from_config(model.config), torch.ones(1, length, dtype=torch.long)
     moments = calibrate(model, tokens, attention=attention, progress=False)
-    kinds = set(moments.gram)
+    kinds = moments.gram.keys() | moments.weight.keys()
     held = [sum(x.nbytes for x in part.values()) for part in (moments.gram, moments.total, moments.weight)]
     assert cost.moments_bytes(shape, kinds) == {"sums": held[0] + held[1], "weights": held[2]}
     layers = record(model, tokens, attention=attention in (True, "blockwise"))

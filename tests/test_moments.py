@@ -113,7 +113,9 @@ def test_moments_in_blocks_by_their_definition(monkeypatch):
         torch.testing.assert_close(moments.gram["keys_in_blocks"][layer], spread, rtol=0, atol=1e-6)
         torch.testing.assert_close(moments.gram["queries_in_blocks"][layer], met, rtol=0, atol=1e-6)
         rows = [replace(seen, **{name: x[b : b + 1] for name, x in vars(seen).items()}) for b in (0, 1)]
-        apart = sum(sequential._grams(row, [0, 1], list(range(heads)), block, turns) for row in rows)
+        apart = sequential._empty([0, 1], moments.source, "cpu")
+        for row in rows:
+            sequential._add(apart, row, [0, 1], list(range(heads)), block, turns)
         torch.testing.assert_close(apart[:, 0].sum(0) / heads, spread, rtol=0, atol=1e-6)
         torch.testing.assert_close(
             sum(sequential._queries(row, block, turns) for row in rows), met, rtol=0, atol=1e-6
@@ -131,15 +133,16 @@ def test_moments_for_one_basis_are_all_that_it_reads(model):
         few = calibrate(model, ids, attention=name, progress=False)
         weighted = any(kind.endswith(("attended", "in_blocks")) for kind in few.gram)
         everything = calibrate(model, ids, attention=weighted, progress=False)
-        assert set(few.gram) == set(reads(name, rotates))
+        assert few.gram.keys() | few.weight.keys() == set(reads(name, rotates))
         assert all(torch.equal(few.gram[kind], everything.gram[kind]) for kind in few.gram)
+        assert all(torch.equal(few.weight[kind], everything.weight[kind]) for kind in few.weight)
         find, heads, rank = METHODS[name], list(range(few.source.kv_heads)), few.source.head_dim
         made = [find(m, 0, heads, rank, rank) for m in (few, everything)]
         assert torch.equal(made[0].keys.encode, made[1].keys.encode)
-        for kind in few.gram:
-            rest = {other: gram for other, gram in few.gram.items() if other != kind}
+        for kind in reads(name, rotates):
+            gram, weight = ({k: held[k] for k in held if k != kind} for held in (few.gram, few.weight))
             with pytest.raises(ValueError, match=f"no moments of '{kind}'.*calibrate with attention=True"):
-                find(Moments(few.source, few.count, few.total, rest, few.weight), 0, heads, rank, rank)
+                find(Moments(few.source, few.count, few.total, gram, weight), 0, heads, rank, rank)
     with pytest.raises(LookupError, match="no basis 'svd'"):
         calibrate(model, ids, attention="svd", progress=False)
 

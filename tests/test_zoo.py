@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import transformers
 
 from kvteach import zoo
 
@@ -97,8 +100,6 @@ def test_a_device_is_named_once(tmp_path, monkeypatch):
 
 
 def test_hub_options_reach_every_file(tmp_path, monkeypatch):
-    import transformers
-
     asked = {}
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
         real = getattr(transformers, name).from_pretrained
@@ -110,6 +111,20 @@ def test_hub_options_reach_every_file(tmp_path, monkeypatch):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", spy)
     zoo.load("smollm2-135m", device="cpu", revision="abc")
     assert asked == dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "abc")
+
+
+@pytest.mark.parametrize("capability, warned", [((7, 5), True), ((8, 0), False)])
+def test_a_gpu_without_bfloat16_is_told_of(tmp_path, monkeypatch, capability, warned):
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, to=lambda device: model)
+    tiny.MODELS["llama-mha"]().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        zoo.load(tmp_path)
+    assert [("dtype='float16'" in str(one.message)) for one in heard] == [True] * warned
 
 
 def test_damaged_weights_are_named(tmp_path):

@@ -60,16 +60,17 @@ METHODS: dict[str, Callable[..., Basis]] = {
     "commuting-stock": partial(commuting.commuting, attended=True, stock=True),
 }
 
-_ENERGY, _SCORES = ("keys_post", "values"), ("keys_post", "values", "queries_post")
-_ATTENDED = ("keys_attended", "values_attended", "queries_post")
+_ENERGY = "keys_post", "values"
+_SCORES = *_ENERGY, "queries_post", "outputs_weight"
+_ATTENDED = "keys_attended", "values_attended", "queries_post", "outputs_weight"
 _READS = {
     "mean-pool": _ENERGY,
     "procrustes": _ENERGY,
-    "weight-svd": (),
+    "weight-svd": ("keys_weight", "values_weight"),
     "activation-svd": _ENERGY,
     "score-weighted": _SCORES,
     "attention-weighted": _ATTENDED,
-    "blockwise": ("keys_in_blocks", "values_attended", "queries_in_blocks"),
+    "blockwise": ("keys_in_blocks", "values_attended", "queries_in_blocks", "outputs_weight"),
     "commuting": _SCORES,
     "commuting-attended": _ATTENDED,
     "commuting-stock": _ATTENDED,
