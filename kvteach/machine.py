@@ -45,8 +45,8 @@ class Machine:
         the system hands out fresh pages for each.
     attend : bytes of keys and values that attention reads; `read` and `matmul` say it where it is not known.
     product : sequences -> bytes of weights that a product with so many rows reads; likewise.
-    launch : seconds, of a layer with next to nothing in it: "plain", with a "basis", and with one and "blocks". Without
-        those of a kind, "plain" stands for it; 0 where nothing is known.
+    launch : (kind, sequences) -> seconds of a layer with next to nothing in it: "plain", with a "basis", or with one
+        and "blocks". Without those of a kind, "plain" stands for it; 0 where nothing is known.
     overlaps : True where operations are started while others still run, as on a GPU: a step then takes the longer of
         its launches and everything else.
     memory : bytes, None when not known.
@@ -56,7 +56,7 @@ class Machine:
     read: float
     matmul: float
     copy: dict[int, float] = field(default_factory=dict)
-    launch: dict[str, float] = field(default_factory=dict)
+    launch: dict[tuple[str, int], float] = field(default_factory=dict)
     overlaps: bool = False
     attend: dict[Reading, float] = field(default_factory=dict)
     product: dict[int, float] = field(default_factory=dict)
@@ -71,19 +71,20 @@ class Machine:
         for name, rate in rates.items():
             if rate is not None and not rate > 0:  # NaN is not above 0 either
                 raise ValueError(f"{name} is {rate!r}; it should be above 0")
-        for kind, taken in self.launch.items():
+        for key, taken in self.launch.items():
             if not taken >= 0:
-                raise ValueError(f"launch[{kind!r}] is {taken!r}; it should be 0 seconds or more")
+                raise ValueError(f"launch[{key}] is {taken!r}; it should be 0 seconds or more")
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         attend = [reading._asdict() | {"bytes": rate} for reading, rate in self.attend.items()]
         copy = [{"tensor": size, "bytes": rate} for size, rate in self.copy.items()]
-        plain = {
-            name: getattr(self, name) for name in ("name", "read", "matmul", "launch", "overlaps", "memory")
-        }
+        launch = [
+            {"kind": kind, "rows": rows, "seconds": taken} for (kind, rows), taken in self.launch.items()
+        ]
+        plain = {name: getattr(self, name) for name in ("name", "read", "matmul", "overlaps", "memory")}
         product = [{"rows": rows, "bytes": rate} for rows, rate in self.product.items()]
-        return plain | {"copy": copy, "attend": attend, "product": product}
+        return plain | {"copy": copy, "attend": attend, "product": product, "launch": launch}
 
     def copies(self, size: float) -> float:
         """Bytes of tensors of that size which are copied in a second."""
@@ -117,7 +118,7 @@ class Meter:
     device : ``cuda`` where there is one, else ``cpu``.
     dtype : torch.float32 by default.
     attend : the rates at which attention reads.
-    rows : the rates at which matrix products with so many rows read weights.
+    rows : sequences: the rates at which matrix products with so many rows read weights, and what their layers launch.
     fused : attention is scaled_dot_product_attention; False: two matrix products and a softmax, as in BLOOM.
     masked : attention is given a mask, as for a static cache: on a GPU that is another kernel.
     megabytes : what is read, and held meanwhile. By default 128, on a GPU 512: more than any processor's own cache.
@@ -161,15 +162,17 @@ class Meter:
         self.clear()  # that was to warm up
 
     def turn(self) -> None:
-        """Every operation once, after one that is not counted."""
+        """Every operation, each time after one that is not counted."""
         import torch
 
         with torch.no_grad():
             for name, (way, _) in self.ways.items():
-                # in the middle of a text all is warm, but for a layer: weights have been through the processor's caches
-                before = self.ways["copy", COPIED[0]][0] if name[0] == "launch" else way
-                timed(before, self.device)
-                self.took[name].append(timed(way, self.device))
+                # In the middle of a text all is warm. But a layer meets the processor as its weights have left it.
+                layer = name[0] == "launch"
+                before = self.ways["product", name[1][1]][0] if layer else way
+                for _ in range(3 if layer else 1):  # short times scatter most
+                    timed(before, self.device)
+                    self.took[name].append(timed(way, self.device))
 
     def clear(self) -> None:
         """Forget all turns."""
@@ -191,7 +194,7 @@ class Meter:
             matmul=rates["matmul", None],
             copy=several("copy"),
             overlaps=card is not None,
-            launch={kind: 1 / rate for kind, rate in several("launch").items()},
+            launch={key: 1 / rate for key, rate in several("launch").items()},
             attend=several("attend"),
             product=several("product"),
             memory=card.total_memory if card else None,
@@ -211,7 +214,6 @@ def _ways(flat, attend, rows, fused: bool, masked: bool) -> dict[tuple, tuple[Ca
         ("read", None): (lambda: flat.amax(), flat.nbytes),
         ("matmul", None): (lambda: weights[0] @ weights[1], 2 * side**3),
     }
-    ways |= {("launch", kind): _small_model(kind, **made) for kind in LAYERS}
     for tensor in COPIED:
         parts = _split(flat, min(tensor // size, count))  # so many that none stays in the processor
         lengthen = lambda parts=parts: [torch.cat([part, part[:64]]) for part in parts]  # noqa: E731
@@ -220,6 +222,7 @@ def _ways(flat, attend, rows, fused: bool, masked: bool) -> dict[tuple, tuple[Ca
         states = torch.randn(number, side, **made)
         product = lambda states=states: [torch.nn.functional.linear(states, weight) for weight in weights]  # noqa: E731
         ways["product", number] = (product, weights.nbytes)
+        ways |= {("launch", (kind, number)): _small_model(kind, number, **made) for kind in LAYERS}
     for reading in sorted(set(attend)):
         ways["attend", reading] = _attention(flat, reading, 256 if small else 8192, fused, masked)
     return ways
@@ -261,7 +264,7 @@ def _unfused(query, keys, values, mask):
     return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ values
 
 
-def _small_model(kind: str, device, dtype) -> tuple[Callable, int]:
+def _small_model(kind: str, sequences: int, device, dtype) -> tuple[Callable, int]:
     """One step of a model of next to nothing, and its layers."""
     import torch
 
@@ -277,7 +280,7 @@ def _small_model(kind: str, device, dtype) -> tuple[Callable, int]:
             KvteachLlamaConfig(**sizes, key_block=64 if kind == "blocks" else None)
         )
     model = model.to(device, dtype).eval()
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    ids = torch.zeros(sequences, 1, dtype=torch.long, device=device)
     return lambda: model(input_ids=ids, use_cache=True), 4
 
 

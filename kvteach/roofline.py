@@ -70,7 +70,7 @@ def seconds(
         "copy": grows * moved["cache"] / machine.copies(moved["cache"] / shape.layers / 2),
     }
     kind = "blocks" if shape.key_block else "basis" if shape.form in ("G", "R") else "plain"
-    launch = shape.layers * machine.launch.get(kind, machine.launch.get("plain", 0))
+    launch = shape.layers * machine.launch.get((kind, batch), machine.launch.get(("plain", batch), 0))
     return taken | {"launch": max(launch - sum(taken.values()), 0) if machine.overlaps else launch}
 
 

@@ -117,14 +117,15 @@ def sweep(
 
 
 def table(found: dict) -> str:
-    """The rows of `sweep` for people."""
-    prefills = any(row.get("prefill_seconds") for row in found["rows"])
+    """The rows of `sweep` for people; *bound* is the speed-up that the bytes allow."""
+    prefills, firsts = any(row.get("prefill_seconds") for row in found["rows"]), {}
     lines = [
         f"{'model':<16} {'context':>7} {'batch':>5} {'cache MB':>9} "
         f"{'prefill s ' if prefills else ''}{'ms/step':>9} {'± half':>7} "
-        f"{'tokens/s':>9} {'predicted':>9} {'speed-up':>8}"
+        f"{'tokens/s':>9} {'predicted':>9} {'speed-up':>8} {'bound':>6}"
     ]
     for row in found["rows"]:
+        first = firsts.setdefault((row["context"], row["batch"]), row)
         line = f"{row['model'][:16]:<16} {row['context']:>7} {row['batch']:>5} "
         if "error" in row:
             lines.append(line + row["error"])
@@ -135,7 +136,8 @@ def table(found: dict) -> str:
         lines.append(
             f"{line}{row['cache_bytes'] / 1e6:>9.1f} {filled}"
             f"{row['step_seconds'] * 1e3:>9.2f} {(high - low) / 2 * 1e3:>7.2f} {row['tokens_per_second']:>9.1f} "
-            f"{row['predicted']:>9.1f} {'-' if row['speedup'] is None else format(row['speedup'], '.2f'):>8}"
+            f"{row['predicted']:>9.1f} {'-' if row['speedup'] is None else format(row['speedup'], '.2f'):>8} "
+            f"{row['bound'] / first['bound']:>6.2f}"
             f"{'  expands its cache' if row['expands'] else ''}"
         )
     made = found["made with"]

@@ -1,16 +1,17 @@
 """Chapter 5's checks: the right answer passes, every likely mistake gets its own sentence."""
 
-import math
-
 import pytest
 
 from kvteach.checks import Mistake, throughput
 
 
-def right_batch(weights, cache, share, wanted):
-    if wanted * share >= 1:
-        return None
-    return max(1, math.ceil(weights * (wanted - 1) / (cache * (1 - wanted * share))))
+def right_moved(t, way):
+    return {"folded": 1 / t, "repeated": 1 / t + 2, "growing": 3 / t}[way]
+
+
+def wrong_moved(**other):
+    """A right answer but for one way."""
+    return lambda t, way: other[way](t) if way in other else right_moved(t, way)
 
 
 def right_ceiling(x1, t1, x2, t2):
@@ -20,7 +21,7 @@ def right_ceiling(x1, t1, x2, t2):
 
 RIGHT = {
     throughput.bound: lambda weights, cache, share: (weights + cache) / (weights + share * cache),
-    throughput.batch: right_batch,
+    throughput.moved: right_moved,
     throughput.ceiling: right_ceiling,
 }
 WRONG = [
@@ -36,40 +37,17 @@ WRONG = [
         "turn it round",
     ),
     (throughput.bound, lambda weights, cache, share: 2, "without a cache nothing gets faster"),
-    (throughput.batch, lambda weights, cache, share, wanted: 24, "return None"),
-    (
-        throughput.batch,
-        lambda weights, cache, share, wanted: None if wanted >= 4 else math.ceil(weights / cache),
-        "as large as the weights",
-    ),
-    (
-        throughput.batch,
-        lambda weights, cache, share, wanted: (
-            None if wanted >= 4 else int(weights * (wanted - 1) / (cache * (1 - wanted * share)))
-        ),
-        "round up",
-    ),
-    (
-        throughput.batch,
-        lambda weights, cache, share, wanted: (
-            None if wanted >= 4 else math.ceil(weights * (wanted - 1) / (cache * (1 - wanted * share)))
-        ),
-        "which every batch does",
-    ),
-    (
-        throughput.batch,
-        lambda weights, cache, share, wanted: (
-            None if wanted >= 4 else round(weights * (wanted - 1) / (cache * (1 - wanted * share)))
-        ),
-        "round up",
-    ),
-    (
-        throughput.batch,
-        lambda weights, cache, share, wanted: math.ceil(
-            weights * (wanted - 1) / (cache * (1 - wanted * share))
-        ),
-        "return None",
-    ),
+    (throughput.moved, wrong_moved(folded=lambda t: 1), "as they are"),
+    (throughput.moved, wrong_moved(folded=lambda t: 1 / 4), "1 / 8, yours is 0.25"),
+    (throughput.moved, wrong_moved(repeated=lambda t: 1), "have been written before"),
+    (throughput.moved, wrong_moved(repeated=lambda t: 2), "the few heads are read as well"),
+    (throughput.moved, wrong_moved(repeated=lambda t: 1 + 1 / t), "and then read: twice"),
+    (throughput.moved, wrong_moved(repeated=lambda t: t), "few read, all written, all read"),
+    (throughput.moved, wrong_moved(growing=lambda t: 1 / t), "is copied before"),
+    (throughput.moved, wrong_moved(growing=lambda t: 2 / t), "a read and a write"),
+    (throughput.moved, wrong_moved(growing=lambda t: 3), "only the few"),
+    (throughput.moved, wrong_moved(growing=lambda t: 4 / t), "read, written, read"),
+    (throughput.moved, lambda t, way: None, "is empty"),
     (throughput.ceiling, lambda x1, t1, x2, t2: 1 / right_ceiling(x1, t1, x2, t2), "turn it round"),
     (throughput.ceiling, lambda x1, t1, x2, t2: t1 / t2, "without a cache x is 0"),
     (throughput.ceiling, lambda x1, t1, x2, t2: right_ceiling(x1, t1, x2, t2) - 1, "not b / a"),

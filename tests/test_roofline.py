@@ -24,7 +24,7 @@ def test_docstring():
 
 def test_by_hand():
     made = replace(
-        PLAIN, copy={100: 5e8}, launch={"basis": 1e-3}, attend={Reading(4, 8): 2e8}, product={3: 4e8}
+        PLAIN, copy={100: 5e8}, launch={("basis", 3): 1e-3}, attend={Reading(4, 8): 2e8}, product={3: 4e8}
     )
     small = SHAPE.compress(2, "G")
     moved = cost.decode_bytes(small, 7, 3, 4, 4)
@@ -45,7 +45,7 @@ def test_blocks_have_rates_of_their_own_and_map_their_queries_once_each():
         PLAIN,
         attend={Reading(4, 8): 2e8, Reading(4, 8, 5, 8): 1e8},
         product={3: 4e8},
-        launch={"basis": 1e-3, "blocks": 2e-3},
+        launch={("basis", 3): 1e-3, ("blocks", 3): 2e-3},
     )
     plain, found = (seconds(made, one, 14, 3, 4) for one in (small, blocks))
     assert found == plain | {"attention": 2 * plain["attention"], "launch": 2 * plain["launch"]}
@@ -57,7 +57,7 @@ def test_blocks_have_rates_of_their_own_and_map_their_queries_once_each():
 
 
 def test_launches_that_run_ahead_count_only_beyond_the_rest():
-    launch = {"plain": 1e-3, "basis": 2e-3}
+    launch = {("plain", 1): 1e-3, ("basis", 1): 2e-3}
     for form, each in (("S", 1e-3), ("G", 2e-3), ("R", 2e-3)):
         shape = SHAPE.compress(2, form, *((4, 4) if form == "R" else ()))
         rest = seconds(PLAIN, shape, 5)
@@ -70,7 +70,7 @@ def test_launches_that_run_ahead_count_only_beyond_the_rest():
         assert seconds(slow, shape, 5)["launch"] == 0
     blocks = replace(SHAPE.compress(2, "G"), key_block=5)
     assert (
-        seconds(replace(PLAIN, launch={"plain": 1e-3}), blocks, 5)["launch"] == 3e-3
+        seconds(replace(PLAIN, launch={("plain", 1): 1e-3}), blocks, 5)["launch"] == 3e-3
     )  # stands for the others
 
 
@@ -157,7 +157,7 @@ def test_a_machine_measured_in_small(fused, dtype):
     )
     assert set(found.attend) == {Reading(1, 64), Reading(4, 32, 64, 16)} and set(found.product) == {1, 3}
     assert set(found.copy) == set(machine.COPIED) and found.memory is None
-    assert set(found.launch) == set(machine.LAYERS) and min(found.launch.values()) > 0
+    assert {kind for kind, rows in found.launch} == set(machine.LAYERS) and min(found.launch.values()) > 0
     plain = found.as_dict()
     rate = found.attend[Reading(4, 32, 64, 16)]
     assert plain["attend"][1] == {"readers": 4, "width": 32, "block": 64, "query": 16, "bytes": rate}
@@ -167,7 +167,7 @@ def test_a_machine_measured_in_small(fused, dtype):
 def test_each_kind_of_layer_has_its_own_small_operations():
     made = {}
     for kind in machine.LAYERS:
-        step, layers = machine._small_model(kind, torch.device("cpu"), torch.float32)
+        step, layers = machine._small_model(kind, 1, torch.device("cpu"), torch.float32)
         with torch.no_grad(), Made() as made[kind]:
             step()
         assert layers == 4
@@ -184,8 +184,8 @@ def test_each_kind_of_layer_has_its_own_small_operations():
             "attend[Reading(readers=1, width=64, block=0, query=0)] is -1; it should be above 0",
         ),
         (
-            lambda: Machine("m", 1, 1, launch={"basis": -1}),
-            "launch['basis'] is -1; it should be 0 seconds or more",
+            lambda: Machine("m", 1, 1, launch={("basis", 1): -1}),
+            "launch[('basis', 1)] is -1; it should be 0 seconds or more",
         ),
         (lambda: seconds(PLAIN, SHAPE, cached=5, batch=0), "batch is 0; it should be 1 or more"),
         (lambda: seconds(PLAIN, SHAPE, cached=-5), "cached is -5"),

@@ -1,4 +1,4 @@
-"""Checks of chapter 5: what a smaller cache can bring, from bytes and from two measurements."""
+"""Checks of chapter 5: what a smaller cache can bring, what a way of reading it moves, and what two steps tell."""
 
 import math
 
@@ -17,22 +17,29 @@ def bound(answer) -> None:
 
 
 @check("Exercise 5.2")
-def batch(answer) -> None:
-    """``batch(weights, cache, share, wanted)``: the smallest batch whose bound is `wanted`, or None."""
-    for wanted in (5, 4):
+def moved(answer) -> None:
+    """``moved(t, way)``: bytes that a step moves over those of the cache with all heads: 1/t, 1/t + 2, 3/t."""
+    for t in (4, 8):
+        value = number(answer(t, "folded"), f'moved({t}, "folded")')
         expect(
-            answer(weights=12.0, cache=1.0, share=0.25, wanted=wanted) is None,
-            "four times faster with a quarter of the cache would need weights of no bytes: return None for 4 and above",
+            value != 1, "folded, all query heads read the few cached heads as they are: less than all heads"
         )
-    call = "batch(weights, cache, share, wanted)"
-    value = number(answer(weights=12.0, cache=1.0, share=0.25, wanted=2), call)
-    expect(value != 12, "12 sequences make the cache as large as the weights, where the bound is 24 / 15")
-    expect(value == 24, f"(12 + 24) / (12 + 6) = 2, so 24 sequences, yours is {value:g}")
-    value = number(answer(weights=12.0, cache=5.5, share=0.25, wanted=2), call)
-    expect(not 4 <= value < 5, "a batch is a whole number, and 4 sequences are not enough: round up")
-    expect(value == 5, f"24 / 5.5 sequences, rounded up, are 5, yours is {value:g}")
-    value = number(answer(weights=12.0, cache=5.5, share=0.25, wanted=1), call)
-    expect(value == 1, f"not to get slower is wanted, which every batch does: 1, yours is {value:g}")
+        expect(
+            math.isclose(value, 1 / t), f"one cached head for {t} query heads: 1 / {t}, yours is {value:g}"
+        )
+        value = number(answer(t, "repeated"), f'moved({t}, "repeated")')
+        expect(not math.isclose(value, 1), "attention reads all heads, but they have been written before")
+        expect(not math.isclose(value, 2), "the few heads are read as well, to be repeated")
+        expect(not math.isclose(value, 1 + 1 / t), "the repeated heads are written, and then read: twice")
+        expect(
+            math.isclose(value, 1 / t + 2),
+            f"few read, all written, all read: 1 / {t} + 2, yours is {value:g}",
+        )
+        value = number(answer(t, "growing"), f'moved({t}, "growing")')
+        expect(not math.isclose(value, 1 / t), "the old cache is copied before attention reads the new one")
+        expect(not math.isclose(value, 2 / t), "a copy is a read and a write, and then attention reads")
+        expect(value != 3, "only the few cached heads are copied")
+        expect(math.isclose(value, 3 / t), f"read, written, read: 3 / {t}, yours is {value:g}")
 
 
 @check("Exercise 5.3")

@@ -93,9 +93,8 @@ class Turns:
 
 def turns_of(rotary, new: int, past_key_values, block: int, device) -> Turns:
     """Those of `new` tokens behind what the cache holds."""
-    past = (
-        0 if past_key_values is None else past_key_values.get_seq_length()
-    )  # a tensor, if the cache is static
+    # a tensor where the cache is static
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
     return Turns(rotary, past + torch.arange(new, device=device), block)
 
 

@@ -212,12 +212,11 @@ class _SmallCacheBody:
                 raise ValueError(
                     "position_ids jump; this small cache counts its slots, so they must rise by one from token to token"
                 )
+        new = input_ids if inputs_embeds is None else inputs_embeds
         if block := self.config.key_block:
-            new = input_ids if inputs_embeds is None else inputs_embeds
             kwargs["turns"] = turns_of(self.rotary_emb, new.shape[1], past_key_values, block, new.device)
         reach = (self.config.kvteach or {}).get("reach")
         if reach is not None and not torch.compiler.is_compiling():
-            new = input_ids if inputs_embeds is None else inputs_embeds
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             # A static cache counts on the device; to ask it would hold up every token.
             if isinstance(past, int) and past + new.shape[1] > reach:
