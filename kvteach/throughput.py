@@ -118,15 +118,15 @@ def sweep(
 
 def table(found: dict) -> str:
     """The rows of `sweep` for people; *bound* is the speed-up that the bytes allow."""
-    prefills, firsts = any(row.get("prefill_seconds") for row in found["rows"]), {}
+    rows, firsts = found["rows"], {}
+    prefills, wide = any(row.get("prefill_seconds") for row in rows), max(len(row["model"]) for row in rows)
     lines = [
-        f"{'model':<16} {'context':>7} {'batch':>5} {'cache MB':>9} "
-        f"{'prefill s ' if prefills else ''}{'ms/step':>9} {'± half':>7} "
-        f"{'tokens/s':>9} {'predicted':>9} {'speed-up':>8} {'bound':>6}"
+        f"{'model':<{wide}} {'context':>7} {'batch':>5} {'cache MB':>8} {'prefill s ' if prefills else ''}"
+        f"{'ms/step':>8} {'± half':>6} {'tokens/s':>8} {'predicted':>9} {'speed-up':>8} {'bound':>5}"
     ]
-    for row in found["rows"]:
+    for row in rows:
         first = firsts.setdefault((row["context"], row["batch"]), row)
-        line = f"{row['model'][:16]:<16} {row['context']:>7} {row['batch']:>5} "
+        line = f"{row['model']:<{wide}} {row['context']:>7} {row['batch']:>5} "
         if "error" in row:
             lines.append(line + row["error"])
             continue
@@ -134,10 +134,10 @@ def table(found: dict) -> str:
         before = row["prefill_seconds"]
         filled = f"{'-' if before is None else format(before, '.3f'):>9} " if prefills else ""
         lines.append(
-            f"{line}{row['cache_bytes'] / 1e6:>9.1f} {filled}"
-            f"{row['step_seconds'] * 1e3:>9.2f} {(high - low) / 2 * 1e3:>7.2f} {row['tokens_per_second']:>9.1f} "
+            f"{line}{row['cache_bytes'] / 1e6:>8.1f} {filled}"
+            f"{row['step_seconds'] * 1e3:>8.2f} {(high - low) / 2 * 1e3:>6.2f} {row['tokens_per_second']:>8.1f} "
             f"{row['predicted']:>9.1f} {'-' if row['speedup'] is None else format(row['speedup'], '.2f'):>8} "
-            f"{row['bound'] / first['bound']:>6.2f}"
+            f"{row['bound'] / first['bound']:>5.2f}"
             f"{'  expands its cache' if row['expands'] else ''}"
         )
     made = found["made with"]
