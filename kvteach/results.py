@@ -1,4 +1,4 @@
-"""Numbers that took long to measure, stored in ``book/data``: `load` reads a table, `ratio` one cell of it.
+"""Numbers that took long to measure, stored in ``book/data``: `names` finds tables, `load` reads one, `ratio` one cell.
 
 In a checkout the files are read from there. Where only the package is installed, as in Colab, the file of this version
 is fetched from the repository.
@@ -38,6 +38,11 @@ def load(name: str) -> dict:
             f"no table {name!r} in {str(FOLDER)!r}, and it cannot be fetched ({error}): go online, or work in a "
             "checkout of the repository"
         ) from error
+
+
+def names(start: str) -> list[str]:
+    """Stored tables of a checkout whose names start so, in order; none where only the package is installed."""
+    return sorted(file.stem for file in FOLDER.glob(f"{start}*.json"))
 
 
 def ratio(table: dict, **wanted) -> str:

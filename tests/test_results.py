@@ -21,6 +21,12 @@ def test_every_row_is_found_by_what_it_is_about():
         assert found == f"{row['ratio']:.2f} ± {row['ratio_error']:.2f}"
 
 
+def test_tables_are_found_by_the_start_of_their_names(tmp_path, monkeypatch):
+    assert results.names("dec") == ["decode"] and results.names("no such") == []
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "nowhere")
+    assert results.names("dec") == []
+
+
 def test_without_a_checkout_it_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     asked = []

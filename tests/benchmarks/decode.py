@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
-from kvteach import throughput
+from kvteach import env, throughput
 from kvteach.plan import Plan
 
 SHORT, LONG, BATCH = 16, 8192, 8
@@ -43,6 +43,7 @@ OTHER = {"enable_gqa": enable_gqa, "repeat_kv": repeated}
 def native(kv_heads: int, attention: str = "sdpa"):
     """A LLaMA that was never compressed."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=kv_heads))
+    model = model.to(env.device(), env.half_dtype())
     model.set_attn_implementation(attention)
     return model
 
