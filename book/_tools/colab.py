@@ -7,6 +7,7 @@ of torch and a newer Python; what can be checked without it is checked here.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,10 @@ def main() -> None:
         subprocess.run([*wheel, "--wheel-dir", folder, ROOT], check=True)
         command = [*pip, "--no-deps", "--force-reinstall", *Path(folder).glob("kvteach-*.whl"), *others]
         subprocess.run(command, check=True)
+    # the stored tables, which Colab fetches from the repository, where `kvteach.results` looks for them first
+    where = [PYTHON, "-c", "from kvteach import results; print(results.FOLDER)"]
+    tables = subprocess.run(where, check=True, capture_output=True, text=True, cwd=VENV).stdout.strip()
+    shutil.copytree(ROOT / "book" / "data", tables, dirs_exist_ok=True)
     if changed := [pin for pin in before - versions() if not pin.startswith(("kvteach", "gguf"))]:
         sys.exit(f"The install cell changed what was there: {', '.join(changed)}")
     for path in sorted((ROOT / "book").glob("*.ipynb")):
