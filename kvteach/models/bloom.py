@@ -55,10 +55,11 @@ class KvteachBloomAttention(BloomAttention):
         bias = alibi.view(batch, self.num_heads, 1, -1)  # slope · position, [batch, h, 1, cached]
         if self.order is not None:
             bias = bias[:, self.order]
-        if attention_mask is not None:
-            bias = bias + attention_mask  # [batch, h, tokens, cached]
         folded = query.reshape(batch, self.groups, -1, query.shape[-1])  # [batch, g, h/g · tokens, r_k]
-        scores = (folded @ key.mT).view(batch, self.num_heads, length, -1) * self.inv_norm_factor + bias
+        scores = (folded * self.inv_norm_factor @ key.mT).view(batch, self.num_heads, length, -1)
+        scores += bias  # in place: of a long text this is the largest tensor there is
+        if attention_mask is not None:
+            scores += attention_mask  # [batch, 1, tokens, cached]
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
         weights = self.attention_dropout(weights)
         output = (
