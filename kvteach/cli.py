@@ -159,4 +159,4 @@ def _processes(asked):
         raise ValueError("only compress runs in several processes: start this without torchrun")
     from . import distributed
 
-    return distributed.command()
+    return distributed.command(asked.device)

@@ -187,7 +187,7 @@ class Processes:
 
 
 @contextmanager
-def join(timeout: float = 1800.0) -> Iterator[Processes]:
+def join(timeout: float = 1800.0, device: str | None = None) -> Iterator[Processes]:
     """Within this context the processes that torchrun started are one group; without torchrun, the one there is.
 
     On a machine with GPUs each process takes the one of its number (``LOCAL_RANK``) as its ``cuda`` device. An error
@@ -197,6 +197,7 @@ def join(timeout: float = 1800.0) -> Iterator[Processes]:
     Parameters
     ----------
     timeout : seconds that one process waits for another: longer than shares of the work may differ.
+    device : where the models will be; ``"cpu"`` leaves GPUs alone. By default the GPUs, where there are any.
 
     Raises
     ------
@@ -210,7 +211,7 @@ def join(timeout: float = 1800.0) -> Iterator[Processes]:
     if "RANK" not in os.environ:
         raise ValueError(f"WORLD_SIZE is {size}, but RANK is not set: start the processes with torchrun")
     rank = int(os.environ["RANK"])
-    with _own_device() as backend, _stoppable(rank):
+    with _own_device(device) as backend, _stoppable(rank):
         processes = Processes(rank, size, timeout, _start(backend, timeout))
         try:
             yield processes
@@ -225,11 +226,11 @@ def join(timeout: float = 1800.0) -> Iterator[Processes]:
 
 
 @contextmanager
-def command() -> Iterator[Processes]:
+def command(device: str | None = None) -> Iterator[Processes]:
     """`join` for a command line: process 0 alone speaks, also of what failed in another one."""
     rank = 0
     try:
-        with join() as processes, ExitStack() as silence:
+        with join(device=device) as processes, ExitStack() as silence:
             if rank := processes.rank:
                 nowhere = open(os.devnull, "w")  # never closed: a logger may hold it
                 silence.enter_context(redirect_stdout(nowhere))
@@ -257,9 +258,10 @@ def _start(backend: str, timeout: float) -> dist.ProcessGroup:
 
 
 @contextmanager
-def _own_device() -> Iterator[str]:
+def _own_device(device: str | None) -> Iterator[str]:
     """The backend for sums; ``cuda`` means this process's own GPU within."""
-    count, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    own = int(os.environ.get("LOCAL_RANK", 0))
     if count and own >= count:
         raise ValueError(
             f"process {own} of this machine has no GPU of its own: start torchrun with --nproc-per-node {count}"

@@ -298,6 +298,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with distributed._own_device("cpu") as backend:
+        assert backend == "gloo"
     with pytest.raises(ValueError, match="no GPU of its own: start torchrun with --nproc-per-node 1"):
         distributed.join().__enter__()
 
