@@ -126,12 +126,13 @@ def _weights(model, kinds: Container[str]) -> dict[str, Tensor]:
     found = {kind: [] for kind in WEIGHTS if kind in kinds}
     for module in attention_modules(model) if found else ():
         weights = read(module)
-        sides = {"keys_weight": weights.key, "values_weight": weights.value, "outputs_weight": weights.output}
+        sides = {  # [kv heads · d_h, hidden]; of W_O heads apart, [heads, d_h, hidden]
+            "keys_weight": weights.key.flatten(0, 1),
+            "values_weight": weights.value.flatten(0, 1),
+            "outputs_weight": weights.output,
+        }
         for kind, layers in found.items():
-            side = (
-                sides[kind] if kind == "outputs_weight" else sides[kind].flatten(0, 1)
-            )  # [kv heads · d_h, hidden]
-            layers.append(side @ side.mT)  # of W_O heads apart: [heads, d_h, d_h]
+            layers.append(sides[kind] @ sides[kind].mT)
     return {kind: torch.stack(layers) for kind, layers in found.items()}
 
 

@@ -23,9 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
-BLOCK = (
-    64  # tokens of a block, as a rule; 256 lose more: 1.29 instead of 1.25 at a third of the cache of SmolLM2
-)
+# Tokens of a block, as a rule; 256 lose more: 1.29 instead of 1.25 at a third of the cache of SmolLM2.
+BLOCK = 64
 FORMS = ("S", "G", "R", "L")
 _FAMILIES = ("llama", "mistral", "qwen2", "bloom")
 _SIZES = ("layers", "hidden", "query_heads", "kv_heads", "head_dim", "intermediate", "vocab")

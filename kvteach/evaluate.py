@@ -272,9 +272,8 @@ def _head(model) -> nn.Module:
     with quiet(model):
         ours = head(body(input_ids=probe, use_cache=False).last_hidden_state).nan_to_num()
         theirs = model(input_ids=probe, use_cache=False).logits
-    theirs = theirs.to(
-        ours.device
-    ).nan_to_num()  # layers may lie apart; NaN is told of later, with its window
+    # layers may lie apart; NaN is told of later, with its window
+    theirs = theirs.to(ours.device).nan_to_num()
     if (ours - theirs).abs().max() > 1e-3 * theirs.abs().max():
         raise ValueError(
             f"{type(model).__name__} changes its logits after the head (by a scale or a cap), which is not supported"

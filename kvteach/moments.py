@@ -171,11 +171,8 @@ class Moments:
         """
         held = self.gram | self.weight
         if kind not in held:
-            hint = (
-                "; calibrate with attention=True for it"
-                if kind in PLAIN + ATTENDED + IN_BLOCKS + WEIGHTS
-                else ""
-            )
+            known = kind in PLAIN + ATTENDED + IN_BLOCKS + WEIGHTS
+            hint = "; calibrate with attention=True for it" if known else ""
             raise ValueError(f"no moments of {kind!r}, only of {', '.join(held)}{hint}")
         self._check_layer(kind, layer)
         return self.weight[kind][layer] if kind in self.weight else self.gram[kind][layer] / self.count

@@ -40,6 +40,7 @@ from .env import bars_off
 from .evaluate import checked_ids
 from .files import load_tensors, save_tensors
 from .grouping import by_order
+from .models.blocks import Turns
 from .moments import Source
 from .plan import Plan
 from .rope import from_config, rotate
@@ -135,9 +136,8 @@ def _add(
     if block is not None:
         keys = rotate(found.keys_pre[0, group], torch.arange(len(values)) % block, turns)
     keys = wide(keys)
-    for gram, weights in zip(
-        grams, found.attention[0, reading].unsqueeze(1), strict=True
-    ):  # [1, tokens, tokens]
+    rows = found.attention[0, reading].unsqueeze(1)  # [readers, 1, tokens, tokens]
+    for gram, weights in zip(grams, rows, strict=True):
         gram[0] += spread(keys, weights) if block is None else spread_in_blocks(keys, weights, block)
         gram[1] += handed_on(values, weights)
 
@@ -216,11 +216,11 @@ class _Stream:
         block = body.layers[layer]
         window = getattr(block.self_attn, "sliding_window", getattr(config, "sliding_window", None))
         make = create_causal_mask if window is None else create_sliding_window_causal_mask
-        angles = body.rotary_emb(x, self.positions.to(x.device))
-        inside = block.input_layernorm(x)
-        added, *_ = block.self_attn(
-            hidden_states=inside, position_embeddings=angles, attention_mask=make(**mask)
-        )
+        positions = self.positions.to(x.device)
+        given = {"position_embeddings": body.rotary_emb(x, positions), "attention_mask": make(**mask)}
+        if size := getattr(model.config, "key_block", None):
+            given["turns"] = Turns(body.rotary_emb, positions[0], size)
+        added, *_ = block.self_attn(hidden_states=block.input_layernorm(x), **given)
         return x, added
 
     def finish(self, model, layer: int, hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import datetime
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import median, quantiles
@@ -43,8 +43,12 @@ from .plan import Plan
 CACHES = ("static", "dynamic")
 PATIENCE = 5  # seconds of one prefill, as predicted, above which random keys and values take its place
 PREFILLS = 3
-NO_ROOM = MemoryError, torch.OutOfMemoryError
-SAID = "out of memory", "can't allocate memory", "not enough memory", "alloc_failed"
+NO_ROOM = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+)  # in an error's sentence
 
 
 def shaped(model, plan: Plan | int):
@@ -198,12 +202,12 @@ class _Point:
         with ExitStack() as stack:
             for name, model in models.items():
                 stack.enter_context(quiet(model))
-                with _out_of_memory(rows, runs, name):
+                with _out_of_memory(_ended(rows, runs, name)):
                     runs[name] = _Run(model, ids.to(model.device), self)
             self._in_turns(PREFILLS, rows, runs, _Run.fill)
             self._in_turns(self.repeats + 1, rows, runs, _Run.decode)
             for name in list(runs):
-                with _out_of_memory(rows, runs, name):
+                with _out_of_memory(_ended(rows, runs, name)):
                     rows[name] |= runs[name].found()
         self._compare(rows, next(iter(models)), runs)
         for name, model in models.items():
@@ -215,10 +219,10 @@ class _Point:
         for turn in range(turns):
             names = list(runs)
             for name in names if turn % 2 == 0 else reversed(names):
-                with _out_of_memory(rows, runs, name):
+                with _out_of_memory(_ended(rows, runs, name)):
                     act(runs[name], turn)
             if act is _Run.decode:
-                with suppress(*NO_ROOM):  # the rates of the turns before stand
+                with _out_of_memory(lambda said: None):  # the rates of the turns before stand
                     self.meter.turn()
 
     def _about(self, name: str, model) -> dict:
@@ -374,21 +378,29 @@ def _ratio(above, below) -> float | None:
     return median(ratios) if ratios else None
 
 
+def _ended(rows: dict, runs: dict, name: str):
+    """What is done when `name` has no room: its row says so, and its run ends."""
+
+    def tell(said: str) -> None:
+        rows[name]["error"] = f"out of memory: {said}" if said else "out of memory"
+        runs.pop(name, None)
+
+    return tell
+
+
 @contextmanager
-def _out_of_memory(rows: dict, runs: dict, name: str) -> Iterator[None]:
-    """Within, running out of memory becomes an error in the row of `name`, and its run ends."""
+def _out_of_memory(tell) -> Iterator[None]:
+    """Within, running out of memory is no error: ``tell(why)`` is called."""
     try:
         yield
         return
-    except NO_ROOM as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         said = str(error)
     except RuntimeError as error:  # the CPU's allocator has no class of its own, nor have CUDA's libraries
         said = str(error)
-        if not any(words in said.lower() for words in SAID):
+        if not any(words in said.lower() for words in NO_ROOM):
             raise
-    # out here the traceback, which holds the tensors, is gone
-    rows[name]["error"] = f"out of memory: {' '.join(said.split())[:120]}" if said else "out of memory"
-    runs.pop(name, None)
+    tell(" ".join(said.split())[:120])  # out here the traceback, which holds the tensors, is gone
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

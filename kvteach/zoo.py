@@ -92,6 +92,7 @@ def load(
         weights that are no safetensors.
     OSError : the id is unknown to the hub or the hub is out of reach; the disk is full.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -122,7 +123,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     if "device_map" not in from_pretrained:
         model = model.to(device or env.device())
-    if model.device.type == "cuda" and str(model.dtype) == "torch.bfloat16" and not env.has_bf16():
+    if model.device.type == "cuda" and model.dtype == torch.bfloat16 and not env.has_bf16():
         warnings.warn(
             f"this GPU has no bfloat16 and is many times slower with it: load {str(name)!r} with dtype='float16'",
             stacklevel=2,

@@ -142,9 +142,10 @@ def test_a_memory_that_holds_no_sequence():
     assert implied(PAPER["LLaMA-2-7B"], tiny).passes == float("inf")
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_machine_measured_in_small(fused, dtype):
+def test_a_machine_measured_in_small(fused, masked, dtype):
     before = torch.get_rng_state()
     found = machine.measure(
         "cpu",
@@ -152,6 +153,7 @@ def test_a_machine_measured_in_small(fused, dtype):
         attend=[Reading(1, 64), Reading(4, 32, 64, 16)],
         rows=(1, 3),
         fused=fused,
+        masked=masked,
         repeats=1,
         megabytes=1,
     )

@@ -91,13 +91,6 @@ class Turns:
         return self.found[key]
 
 
-def turns_of(rotary, new: int, past_key_values, block: int, device) -> Turns:
-    """Those of `new` tokens behind what the cache holds."""
-    # a tensor where the cache is static
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return Turns(rotary, past + torch.arange(new, device=device), block)
-
-
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE with these angles, rounded once: [..., n or 1, d_h] -> [..., n, d_h]."""
     return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)

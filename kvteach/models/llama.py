@@ -35,14 +35,13 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from .blocks import rebuilt, softmax_row, turned, turns_of
+from .blocks import Turns, rebuilt, softmax_row, turned
 
 
 class KvteachLlamaConfig(LlamaConfig):
@@ -94,8 +93,6 @@ class _SmallCache:
         self.groups, self.value_rank = g, config.value_rank or d_h
         key_rank = config.key_rank or d_h
         self.block = config.key_block
-        if self.block:
-            self.rotary = LlamaRotaryEmbedding(config)  # the same for all three
         self.num_key_value_groups = 1  # the attention functions are handed as many query heads as cached ones
         biased = {name: getattr(self, name).bias is not None for name in ("k_proj", "v_proj", "o_proj")}
         self.k_proj = nn.Linear(config.hidden_size, n * d_h, bias=biased["k_proj"])
@@ -115,14 +112,13 @@ class _SmallCache:
         turns=None,
         **kwargs,
     ):
-        """As transformers' own; the cache gets [batch, g, tokens, r]. `turns` are those of the whole pass, if any."""
+        """As transformers' own; the cache gets [batch, g, tokens, r]. `turns` are those of the pass, for blocks."""
         shape = hidden_states.shape[:-1]  # [batch, tokens]
         # [batch, tokens, heads · width] -> [batch, heads, tokens, width]
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, self.groups, -1).transpose(1, 2)
         if self.block:
-            turns = turns or turns_of(self.rotary, shape[1], past_key_values, self.block, key.device)
             key = turned(key, *turns.keys(key))
         else:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -214,7 +210,11 @@ class _SmallCacheBody:
                 )
         new = input_ids if inputs_embeds is None else inputs_embeds
         if block := self.config.key_block:
-            kwargs["turns"] = turns_of(self.rotary_emb, new.shape[1], past_key_values, block, new.device)
+            # what the cache holds; a tensor where it is static
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            kwargs["turns"] = Turns(
+                self.rotary_emb, past + torch.arange(new.shape[1], device=new.device), block
+            )
         reach = (self.config.kvteach or {}).get("reach")
         if reach is not None and not torch.compiler.is_compiling():
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
